@@ -1,0 +1,1 @@
+"""Geometry-grounded vision-language models as a library."""

@@ -1,0 +1,1 @@
+"""Pure geometry: tensors in, tensors out. Imports nothing of the project."""
