@@ -1,4 +1,4 @@
-"""Import direction: geometry <- g2vlm <- {train, eval}; inside g2vlm the model knows nothing of data, files or the pipeline."""
+"""Import direction: geometry <- g2vlm <- {train, eval}; the model knows nothing of data, files or the pipeline."""
 
 import ast
 from pathlib import Path

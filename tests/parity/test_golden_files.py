@@ -1,4 +1,4 @@
-"""The fixtures in the repository are the ones that were produced by the released code: never edited, never regenerated."""
+"""The fixtures are the ones that the released code produced: never edited, never regenerated."""
 
 import hashlib
 
