@@ -1,0 +1,84 @@
+"""The Mixture-of-Transformers decoder: two experts, one shared attention (G2VLM section 3.1).
+
+The tokens lie in the expert layout: all geometry tokens, then all semantic tokens, each in sequence order. The two
+residual streams stay separate from the first layer to the last; only queries, keys and values meet.
+
+Shapes: G geometry tokens, U semantic tokens, T = G + U, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from g2vlm.config import DecoderConfig
+from g2vlm.model.attention import AttnPlan, attend
+from g2vlm.model.experts import Expert
+from g2vlm.model.layers import RMSNorm
+from g2vlm.model.rope import mrope_table
+
+
+class MoTLayer(nn.Module):
+    """One decoder layer: each expert projects its tokens, all tokens attend together, each expert updates its stream."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.geometric = Expert(config, config.geometric_qk_norm, config.geometric_layer_scale)
+        self.semantic = Expert(config, config.semantic_qk_norm, layer_scale=None)
+
+    def forward(
+        self, geometry: Tensor, semantic: Tensor, cos: Tensor, sin: Tensor, plan: AttnPlan, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """Streams (G, D) and (U, D), rotary tables (T, K) -> the streams after the layer."""
+        num_geometry = geometry.shape[0]
+        geometric_qkv = self.geometric.project(geometry, cos[:num_geometry], sin[:num_geometry])
+        semantic_qkv = self.semantic.project(semantic, cos[num_geometry:], sin[num_geometry:])
+        q, k, v = (torch.cat(pair) for pair in zip(geometric_qkv, semantic_qkv, strict=True))
+        attended = attend(q, k, v, plan, backend=backend)  # (T, N, K)
+        return (
+            self.geometric.update(geometry, attended[:num_geometry]),
+            self.semantic.update(semantic, attended[num_geometry:]),
+        )
+
+
+class MoTDecoder(nn.Module):
+    """The stack of layers and each expert's final norm."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.num_layers))
+        self.geometric_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.semantic_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @torch.no_grad()
+    def copy_semantic_to_geometric(self) -> None:
+        """Start the geometric expert as a copy of the semantic one; its residual scales and extra norms stay."""
+        for layer in self.layers:
+            assert isinstance(layer, MoTLayer)
+            targets = dict(layer.geometric.named_parameters())
+            for name, source in layer.semantic.named_parameters():
+                if name in targets:
+                    targets[name].copy_(source)
+        self.geometric_norm.weight.copy_(self.semantic_norm.weight)
+
+    def forward(
+        self, geometry: Tensor, semantic: Tensor, position_ids: Tensor, plan: AttnPlan, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run both streams.
+
+        Args:
+            geometry: (G, D) input embeddings of the geometry tokens.
+            semantic: (U, D) input embeddings of text, markers and semantic image tokens.
+            position_ids: (3, T) time, row and column of every token, expert layout.
+            plan: who sees whom, expert layout.
+            backend: attention backend; None chooses.
+
+        Returns:
+            The two streams after their final norms.
+        """
+        config = self.config
+        cos, sin = mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections)
+        stream_dtype = torch.promote_types(self.semantic_norm.weight.dtype, getattr(torch, config.residual_dtype))
+        geometry, semantic = geometry.to(stream_dtype), semantic.to(stream_dtype)
+        for layer in self.layers:
+            geometry, semantic = layer(geometry, semantic, cos, sin, plan, backend)
+        return self.geometric_norm(geometry), self.semantic_norm(semantic)

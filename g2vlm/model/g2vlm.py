@@ -1,0 +1,169 @@
+"""The whole model: two encoders, the Mixture-of-Transformers decoder, the geometry heads and the language head.
+
+Shapes: S views of a scene, P patches of a view, G geometry tokens, U semantic tokens, T = G + U, D width, V merged
+semantic image tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerScale as TimmLayerScale
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from g2vlm import compat
+from g2vlm.config import G2VLMConfig
+from g2vlm.encoders.dinov2 import DinoV2
+from g2vlm.encoders.shared_tower import SharedTower
+from g2vlm.model.decoder import MoTDecoder
+from g2vlm.model.heads import GeometryHeads
+from g2vlm.model.layers import LayerScale, RMSNorm
+from g2vlm.model.outputs import G2VLMOutput
+from g2vlm.sequence import PackedSequence
+from geometry import GeometryPrediction
+
+
+class G2VLMForConditionalGeneration(PreTrainedModel):
+    """A geometry-grounded vision-language model (G2VLM section 3).
+
+    The forward pass:
+        1. embeds text and markers;
+        2. encodes semantic images with the Qwen2-VL tower and puts them into their slots;
+        3. encodes the views of each geometry segment and projects them to the decoder's width;
+        4. runs both experts over the expert layout with one shared attention;
+        5. predicts logits at the requested semantic tokens;
+        6. decodes points, cameras and normals of each geometry segment.
+    """
+
+    config_class = G2VLMConfig
+    base_model_prefix = ""
+    main_input_name = "sequence"
+    _no_split_modules = ["MoTLayer", "Block", "Qwen2VLVisionBlock", "FrameBlock", "ContextBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["point_head", "camera_head", "normal_head", "confidence_head"]  # noqa: RUF012
+
+    def __init__(self, config: G2VLMConfig):
+        super().__init__(config)
+        dim = config.decoder.hidden_size
+        self.embed_tokens = nn.Embedding(config.decoder.vocab_size, dim)
+        self.semantic_encoder = compat.build_vision_tower(config.semantic_encoder, dim)
+        self.geometry_encoder = self._build_geometry_encoder(config)
+        self.geometry_projection = nn.Linear(self.geometry_encoder.config.hidden_size, dim)
+        self.decoder = MoTDecoder(config.decoder)
+        self.lm_head = nn.Linear(dim, config.decoder.vocab_size, bias=False)
+        self.heads = GeometryHeads(config)
+        self.post_init()
+
+    def _build_geometry_encoder(self, config: G2VLMConfig) -> DinoV2 | SharedTower:
+        if config.encoders == "single":
+            return SharedTower(config.semantic_encoder, self.semantic_encoder)
+        return DinoV2(config.geometry_encoder)
+
+    def forward(
+        self,
+        sequence: PackedSequence,
+        views: Sequence[Tensor] = (),
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        logits_at: Tensor | None = None,
+        predict_geometry: bool = True,
+        predict_global_points: bool = False,
+        backend: str | None = None,
+    ) -> G2VLMOutput:
+        """Run the model over packed samples.
+
+        Args:
+            sequence: tokens, positions and attention plan of all samples.
+            views: per geometry segment, normalised images (S, 3, H, W).
+            pixel_values: (patches, 1176) of all semantic images in sequence order; None without any.
+            image_grid_thw: (images, 3) their grids in patches.
+            logits_at: (n,) semantic tokens to predict the next token at; None for no logits.
+            predict_geometry: run the geometry heads.
+            predict_global_points: also run the auxiliary global-point head (training, or asked for).
+            backend: attention backend; None chooses.
+        """
+        semantic = self.embed_semantic(sequence, pixel_values, image_grid_thw)
+        geometry = self.embed_views(views)
+        self._check(sequence, geometry)
+        geometry, semantic = self.decoder(geometry, semantic, sequence.position_ids, sequence.plan, backend)
+        predictions = None
+        if predict_geometry and sequence.num_geometry:
+            predictions = self.decode_geometry(geometry, sequence, predict_global_points)
+        return G2VLMOutput(
+            logits=None if logits_at is None else self.lm_head(semantic[logits_at]),
+            geometry=predictions,
+            geometric_hidden=geometry,
+            semantic_hidden=semantic,
+        )
+
+    def embed_semantic(
+        self, sequence: PackedSequence, pixel_values: Tensor | None, image_grid_thw: Tensor | None
+    ) -> Tensor:
+        """Text and marker embeddings with the merged image tokens in their slots: (U, D)."""
+        embeddings = self.embed_tokens(sequence.semantic_ids)
+        if pixel_values is None or image_grid_thw is None:
+            return embeddings
+        _, merged = compat.run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)  # (V, D)
+        if merged.shape[0] != sequence.image_slots.shape[0]:
+            raise ValueError(
+                f"pixel_values give {merged.shape[0]} image tokens; the sequence has {sequence.image_slots.shape[0]} slots"
+            )
+        return embeddings.index_copy(0, sequence.image_slots, merged.to(embeddings.dtype))
+
+    def embed_views(self, views: Sequence[Tensor]) -> Tensor:
+        """Geometry tokens of all segments, view by view, row by row: (G, D)."""
+        if not views:
+            return self.geometry_projection.weight.new_zeros(0, self.config.decoder.hidden_size)
+        features = [self.geometry_encoder(images).flatten(0, 1) for images in views]
+        return self.geometry_projection(torch.cat(features))
+
+    def decode_geometry(
+        self, hidden: Tensor, sequence: PackedSequence, predict_global_points: bool = False
+    ) -> tuple[GeometryPrediction, ...]:
+        """Points, cameras and normals of every geometry segment from the geometric expert's output (G, D)."""
+        sizes = [n * rows * cols for n, (rows, cols) in zip(sequence.views_per_group, sequence.view_grids, strict=True)]
+        groups = hidden.split(sizes)
+        predictions = []
+        for tokens, num_views, grid in zip(groups, sequence.views_per_group, sequence.view_grids, strict=True):
+            views = tokens.unflatten(0, (num_views, -1))  # (S, P, D)
+            context = views[:1].expand_as(views) if predict_global_points else None
+            predictions.append(self.heads(views, grid, context))
+        return tuple(predictions)
+
+    def _check(self, sequence: PackedSequence, geometry: Tensor) -> None:
+        if geometry.shape[0] != sequence.num_geometry:
+            raise ValueError(
+                f"views give {geometry.shape[0]} geometry tokens; the sequence was built for {sequence.num_geometry}"
+            )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Random weights of one module, as the released model starts (children come before their parents).
+
+        Linear layers and tables normal(0, initializer_range), norms one, scales their configured value; heads keep
+        PyTorch's default; the projection of geometry tokens zero where configured.
+        """
+        std = self.config.decoder.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, module.value)
+        elif isinstance(module, TimmLayerScale):
+            module.reset_parameters()
+        elif isinstance(module, DinoV2):
+            nn.init.zeros_(module.mask_token)
+            for table in (module.cls_token, module.register_tokens, module.position_embeddings):
+                nn.init.normal_(table, std=std)
+        elif isinstance(module, GeometryHeads):
+            for child in module.modules():
+                if isinstance(child, nn.Linear):
+                    child.reset_parameters()
+        elif module is self and self.config.geometry_encoder.projection_init == "zero":
+            nn.init.zeros_(self.geometry_projection.weight)

@@ -1,0 +1,25 @@
+"""What a forward pass returns."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from geometry import GeometryPrediction
+
+
+@dataclass
+class G2VLMOutput(ModelOutput):
+    """Result of `G2VLMForConditionalGeneration.forward`.
+
+    Args:
+        logits: (n, vocab) float at the requested semantic tokens.
+        geometry: one prediction per geometry segment of the sequence, views first: local_points (S, H, W, 3).
+        geometric_hidden: (G, D) the geometric expert's final hidden states, expert layout.
+        semantic_hidden: (U, D) the semantic expert's.
+    """
+
+    logits: Tensor | None = None
+    geometry: tuple[GeometryPrediction, ...] | None = None
+    geometric_hidden: Tensor | None = None
+    semantic_hidden: Tensor | None = None
