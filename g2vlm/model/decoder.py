@@ -17,7 +17,7 @@ from g2vlm.model.rope import mrope_table
 
 
 class MoTLayer(nn.Module):
-    """One decoder layer: each expert projects its tokens, all tokens attend together, each expert updates its stream."""
+    """One decoder layer: each expert projects its tokens, all tokens attend together, each updates its stream."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()

@@ -11,7 +11,7 @@ from g2vlm.model.rope import apply_rotary
 
 
 class ExpertAttention(nn.Module):
-    """The projections around the shared attention: bias on q, k, v; optional RMS norm of q and k; none on the output."""
+    """The projections around the shared attention: bias on q, k, v; optional RMS norm of q and k."""
 
     def __init__(self, config: DecoderConfig, qk_norm: bool):
         super().__init__()

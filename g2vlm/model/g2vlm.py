@@ -105,7 +105,8 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         _, merged = compat.run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)  # (V, D)
         if merged.shape[0] != sequence.image_slots.shape[0]:
             raise ValueError(
-                f"pixel_values give {merged.shape[0]} image tokens; the sequence has {sequence.image_slots.shape[0]} slots"
+                f"pixel_values give {merged.shape[0]} image tokens; "
+                f"the sequence has {sequence.image_slots.shape[0]} slots"
             )
         return embeddings.index_copy(0, sequence.image_slots, merged.to(embeddings.dtype))
 
