@@ -102,13 +102,17 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         embeddings = self.embed_tokens(sequence.semantic_ids)
         if pixel_values is None or image_grid_thw is None:
             return embeddings
-        _, merged = compat.run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)  # (V, D)
+        merged = self.encode_images(pixel_values, image_grid_thw)
         if merged.shape[0] != sequence.image_slots.shape[0]:
             raise ValueError(
                 f"pixel_values give {merged.shape[0]} image tokens; "
                 f"the sequence has {sequence.image_slots.shape[0]} slots"
             )
         return embeddings.index_copy(0, sequence.image_slots, merged.to(embeddings.dtype))
+
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Patches (n, 1176) of images with grids (images, 3) -> merged image tokens (V, D)."""
+        return compat.run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
 
     def embed_views(self, views: Sequence[Tensor]) -> Tensor:
         """Geometry tokens of all segments, view by view, row by row: (G, D)."""
@@ -121,13 +125,12 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         self, hidden: Tensor, sequence: PackedSequence, predict_global_points: bool = False
     ) -> tuple[GeometryPrediction, ...]:
         """Points, cameras and normals of every geometry segment from the geometric expert's output (G, D)."""
-        sizes = [n * rows * cols for n, (rows, cols) in zip(sequence.views_per_group, sequence.view_grids, strict=True)]
-        groups = hidden.split(sizes)
+        sizes = [sum(rows * columns for rows, columns in grids) for grids in sequence.view_grids]
         predictions = []
-        for tokens, num_views, grid in zip(groups, sequence.views_per_group, sequence.view_grids, strict=True):
-            views = tokens.unflatten(0, (num_views, -1))  # (S, P, D)
+        for tokens, grids in zip(hidden.split(sizes), sequence.view_grids, strict=True):
+            views = tokens.unflatten(0, (len(grids), -1))  # (S, P, D): all views of a segment have one size
             context = views[:1].expand_as(views) if predict_global_points else None
-            predictions.append(self.heads(views, grid, context))
+            predictions.append(self.heads(views, grids[0], context))
         return tuple(predictions)
 
     def _check(self, sequence: PackedSequence, geometry: Tensor) -> None:
