@@ -1,0 +1,122 @@
+"""The `g2vlm` command. Heavy imports happen inside the commands, so that `--help` answers at once.
+
+stdout holds the result, stderr the log. Exit codes are those of g2vlm.errors.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from g2vlm.errors import G2VLMError
+
+FORMATS = ("ply", "glb", "depth", "cameras", "preview")
+
+
+def build_parser() -> ArgumentParser:
+    """Every command and flag."""
+    parser = ArgumentParser(prog="g2vlm", description="Geometry-grounded vision-language models.")
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("recon", _recon_parser(), help="photos of one scene -> points, depth, normals, cameras")
+    commands.add_subcommand("convert", _convert_parser(), help="checkpoints between the released layout and ours")
+    commands.add_subcommand("info", _info_parser(), help="what a model or a reconstruction holds")
+    commands.add_subcommand("doctor", _doctor_parser(), help="versions, devices, optional parts, self-test")
+    return parser
+
+
+def _parser(description: str, example: str) -> ArgumentParser:
+    parser = ArgumentParser(description=f"{description}\n\nexample: {example}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _recon_parser() -> ArgumentParser:
+    parser = _parser("Reconstruct one scene from photographs.", "g2vlm recon photos/ --model models/g2vlm -o out/room")
+    parser.add_argument("images", nargs="+", help="folders, files or glob patterns; folders in natural order")
+    parser.add_argument("-m", "--model", required=True, help="model folder (our layout or the released one) or preset")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--width", type=int, default=518, help="width in pixels that views are brought to")
+    parser.add_argument("--max-views", type=int, help="use at most this many views, evenly chosen")
+    parser.add_argument("--skip-bad", action="store_true", help="continue without unreadable images")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS, help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    parser.add_argument("--dry-run", action="store_true", help="check the input, say what would be done, stop")
+    _add_device(parser)
+    return parser
+
+
+def _add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the first GPU, else the CPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+
+
+def _convert_parser() -> ArgumentParser:
+    parser = _parser(
+        "Convert a checkpoint: released layout <-> ours, or Qwen2-VL + DINOv2 -> an initial checkpoint.",
+        "g2vlm convert G2VLM-2B-MoT models/g2vlm --check",
+    )
+    parser.add_argument("source", type=Path, help="checkpoint folder")
+    parser.add_argument("destination", type=Path, help="folder to write")
+    parser.add_argument("--check", action="store_true", help="convert back and compare every tensor")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="storage precision; default: as in the source")
+    parser.add_argument("--geometry-encoder", type=Path, help="DINOv2 weights for an initial checkpoint")
+    parser.add_argument("--dinov2", type=Path, help="public DINOv2 weights to compare the checkpoint's with")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    return parser
+
+
+def _info_parser() -> ArgumentParser:
+    parser = _parser("Describe a model folder, a preset, or a reconstruction.", "g2vlm info paper_2b")
+    parser.add_argument("target", help="model folder, preset name, or the output folder of a reconstruction")
+    return parser
+
+
+def _doctor_parser() -> ArgumentParser:
+    return _parser("Check the installation.", "g2vlm doctor")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "PIL", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    args = build_parser().parse_args(arguments)
+    options = args[args.command]
+    try:
+        getattr(import_module("g2vlm.commands"), args.command)(options)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except G2VLMError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except Exception as error:
+        return _report_bug(error, options.debug)
+    return 0
+
+
+def _report_bug(error: Exception, debug: bool) -> int:
+    """One line for the user; the traceback goes to a file."""
+    if debug:
+        traceback.print_exc()
+    with tempfile.NamedTemporaryFile("w", prefix="g2vlm-", suffix=".log", delete=False) as file:
+        file.write(traceback.format_exc())
+    print(f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+    print(f"  why: this is a bug; the traceback is in {file.name}", file=sys.stderr)
+    print("  fix: please report it with that file", file=sys.stderr)
+    return G2VLMError.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

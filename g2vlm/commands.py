@@ -1,0 +1,166 @@
+"""What the commands of `g2vlm` do, once their arguments are parsed."""
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from g2vlm.checkpoint import load_model, read_config
+from g2vlm.config import G2VLMConfig
+from g2vlm.convert import convert as convert_checkpoint
+from g2vlm.errors import CheckFailed
+from g2vlm.images import geometry_size
+from g2vlm.model.attention import available_backends
+from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.pipeline import Pipeline, load, read_sources
+from g2vlm.processing import recon_sequence
+from g2vlm.scene import check_output_folder
+
+log = logging.getLogger(__name__)
+OPTIONAL = {
+    "flash-attn": "flash", "xformers": "xformers", "deepspeed": "deepspeed", "peft": "lora", "av": "video",
+    "viser": "view", "webdataset": "data", "tensorboard": "log",
+}  # fmt: skip
+
+
+def recon(args: Namespace) -> None:
+    """Reconstruct photographs and write what was asked for."""
+    check_output_folder(args.output, args.overwrite)
+    sources = read_sources(args.images, args.max_views, args.skip_bad)
+    height, width = geometry_size(sources[0].size, args.width)
+    if args.dry_run:
+        print(_plan(len(sources), (height, width), args))
+        return
+    pipeline = load(args.model, args.device, _dtype(args.dtype))
+    log.info("reconstructing %d views at %dx%d on %s", len(sources), width, height, pipeline.model.device)
+    scene = pipeline.reconstruct_sources(sources, args.width)
+    for path in scene.export(args.output, args.formats, overwrite=args.overwrite):
+        print(path)
+
+
+def _plan(num_views: int, size: tuple[int, int], args: Namespace) -> str:
+    """What `recon` would do, from the config alone."""
+    config = read_config(args.model)
+    patch = config.geometry_encoder.patch_size
+    sequence = recon_sequence([torch.empty(num_views, 3, *size, device="meta")], config)
+    return "\n".join(
+        [
+            f"views    {num_views}, brought to {size[1]}x{size[0]} ({size[0] // patch}x{size[1] // patch} patches each)",
+            f"tokens   {sequence.num_tokens} ({sequence.num_geometry} geometry)",
+            f"output   {args.output}: {', '.join(args.formats)}",
+        ]
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def convert(args: Namespace) -> None:
+    """Convert a checkpoint; with --check, fail unless it converts back to the same tensors."""
+    result = convert_checkpoint(
+        args.source,
+        args.destination,
+        check=args.check,
+        dtype=_dtype(args.dtype),
+        overwrite=args.overwrite,
+        geometry_encoder=args.geometry_encoder,
+        dinov2=args.dinov2,
+    )
+    print(result)
+
+
+def info(args: Namespace) -> None:
+    """Describe a model or a saved scene."""
+    target = Path(args.target)
+    if (target / "cameras.json").is_file() or (target / "scene.json").is_file():
+        name = "cameras.json" if (target / "cameras.json").is_file() else "scene.json"
+        print(_table(_scene_facts(json.loads((target / name).read_text(encoding="utf-8")))))
+        return
+    config = read_config(args.target)
+    print(_table({"model": args.target, **parameter_counts(config), **_config_facts(config)}))
+
+
+def parameter_counts(config: G2VLMConfig) -> dict[str, str]:
+    """Parameters of each part in millions, without allocating them."""
+    with torch.device("meta"):
+        model = G2VLMForConditionalGeneration(config)
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        expert = next((e for e in ("semantic", "geometric") if f".{e}" in name), None)
+        part = f"{expert} expert" if name.startswith("decoder") and expert else name.split(".")[0].replace("_", " ")
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    parts["total"] = sum(parts.values())
+    return {part: f"{count / 1e6:,.1f} M parameters" for part, count in parts.items()}
+
+
+def _config_facts(config: G2VLMConfig) -> dict[str, str]:
+    decoder, encoder = config.decoder, config.geometry_encoder
+    return {
+        "decoder": f"{decoder.num_layers} layers, width {decoder.hidden_size}, "
+        f"{decoder.num_heads}/{decoder.num_kv_heads} heads of {decoder.head_dim}",
+        "attention": f"views {config.geometry_attention}, semantic images {config.semantic_image_attention}, "
+        f"positions {config.view_positions}",
+        "encoders": f"{config.encoders}; DINOv2 windows {encoder.windows}",
+        "normals": config.heads.normals,
+        "conventions": "OpenCV camera axes, cam_to_world poses, one free scale per scene",
+    }
+
+
+def _scene_facts(facts: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in facts.items() if not isinstance(value, list | dict)} | {
+        "views": str(len(facts.get("views", [])))
+    }
+
+
+def doctor(args: Namespace) -> None:
+    """Report the installation and test it on a tiny model.
+
+    Raises:
+        CheckFailed: the self-test gave wrong numbers.
+    """
+    packages = ("g2vlm", "torch", "torchvision", "transformers", "timm", "numpy", "pillow", "roma", "safetensors")
+    facts = {"python": f"{platform.python_version()} ({sys.executable})"}
+    facts |= {name: importlib.metadata.version(name) for name in packages}
+    facts["cpu"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    facts["devices"] = ", ".join(_devices()) or "no GPU"
+    facts["attention"] = ", ".join(available_backends())
+    for package, extra in OPTIONAL.items():
+        present = importlib.util.find_spec(package.replace("-", "_")) is not None
+        facts[package] = "present" if present else f"absent (optional: pip install 'g2vlm[{extra}]')"
+    facts["self-test"] = _self_test()
+    print(_table(facts))
+
+
+def _devices() -> list[str]:
+    return [
+        f"cuda:{i} {p.name} {p.total_memory / 2**30:.0f} GiB"
+        for i in range(torch.cuda.device_count())
+        for p in [torch.cuda.get_device_properties(i)]
+    ]
+
+
+def _self_test() -> str:
+    """A tiny random model reconstructs random views through two attention backends; they must agree."""
+    pipeline = Pipeline(load_model("tiny", dtype=torch.float32, device="cpu"), name="tiny")
+    pixels = torch.rand(2, 3, 56, 70, generator=torch.Generator().manual_seed(0))
+    results = {}
+    for backend in ("eager", "sdpa"):
+        results[backend] = pipeline.predict(pixels, backend=backend).world_points
+    error = (results["eager"] - results["sdpa"]).abs().max() / results["eager"].abs().max()
+    if not error < 1e-4:
+        raise CheckFailed("self-test failed", f"attention backends differ by {error:.1e}", "reinstall torch")
+    return f"passed (two attention backends agree to {error:.0e})"
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,147 @@
+"""A packed training sample of the released code: tokens, hidden states, cross-entropy, geometry losses, gradients."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from g2vlm.checkpoint import load_model
+from g2vlm.convert.g2vlm_release import RELEASE_MAP
+from g2vlm.model.outputs import G2VLMOutput
+from g2vlm.processing import sequence_builder, view_grid
+from g2vlm.sequence import GeometryViews, PackedSequence, SemanticImage, Text
+from geometry.losses import GeometryLosses, GeometryLossWeights, GeometryTargets, geometry_losses
+from tests.parity import golden
+from tests.parity.test_g2vlm import PATCH, assert_close, in_sequence
+
+pytestmark = pytest.mark.parity
+FIXTURES = golden.cases("g2vlm_*/train_outputs.safetensors")
+RELEASED_WEIGHTS = GeometryLossWeights(camera=0.2, normal=1.0, translation=100.0, global_points=1.0)
+
+
+def segments(inputs: dict[str, Tensor]) -> list:
+    """The segments of the packed sample, read off its splits; the padding sample at the end is left out."""
+    ids = dict(zip(inputs["packed_text_indexes"].tolist(), inputs["packed_text_ids"].tolist(), strict=True))
+    views, images = set(inputs["packed_dino_token_indexes"].tolist()), set(inputs["packed_vit_token_indexes"].tolist())
+    supervised = set(inputs["ce_loss_indexes"].tolist())
+    view = view_grid(inputs["packed_dino_image_tensor_list"], PATCH)
+    grids = iter(inputs["packed_image_grid_thw"].tolist())
+    found: list = []
+    start = 0
+    for length in inputs["split_lens"].tolist()[:-1]:
+        tokens = range(start, start + length)
+        start += length
+        if views & set(tokens):
+            if found and isinstance(found[-1], GeometryViews):
+                found[-1] = GeometryViews((*found[-1].grids, view))
+            else:
+                found.append(GeometryViews((view,)))
+        elif images & set(tokens):
+            found.append(SemanticImage(tuple(next(grids)[1:])))
+        elif supervised & set(tokens):
+            found.append(Text(tuple(ids[t] for t in tokens)[:-1], supervised=True))
+        else:
+            found.append(Text(tuple(ids[t] for t in tokens)))
+    return found
+
+
+def run(folder: Path) -> SimpleNamespace:
+    """One forward of the packed sample, and its losses with the released weights."""
+    model = load_model(folder, dtype=torch.float32)
+    inputs = load_file(folder / "train_inputs.safetensors")
+    sequence = sequence_builder(model.config, geometry_attention="block_causal").build([segments(inputs)])
+    supervised = (sequence.labels >= 0).nonzero().flatten()
+    output = model(
+        sequence=sequence,
+        views=[inputs["packed_dino_image_tensor_list"]],
+        pixel_values=inputs["packed_vit_images"],
+        image_grid_thw=inputs["packed_image_grid_thw"],
+        logits_at=supervised,
+        predict_global_points=True,
+    )
+    cross_entropy = F.cross_entropy(output.logits.float(), sequence.labels[supervised], reduction="none")
+    targets = GeometryTargets(
+        world_points=inputs["packed_world_points"][None],
+        cam_to_world=inputs["packed_extrinsics"][None],
+        valid=inputs["packed_point_masks"][None].bool(),
+        normal_enabled=torch.ones(1, dtype=torch.bool),
+    )
+    losses = geometry_losses(batched(output), targets, RELEASED_WEIGHTS)
+    return SimpleNamespace(
+        model=model, inputs=inputs, sequence=sequence, output=output, cross_entropy=cross_entropy, losses=losses
+    )
+
+
+def batched(output: G2VLMOutput):  # noqa: ANN201
+    """The single scene's prediction with a batch axis."""
+    (prediction,) = output.geometry
+    return prediction.unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """The run and the expected outputs of one fixture."""
+    folder = request.param.parent
+    result = run(folder)
+    result.expected = load_file(folder / "train_outputs.safetensors")
+    return result
+
+
+@pytest.mark.parametrize("trained", FIXTURES, indirect=True)
+def test_pack(trained: SimpleNamespace) -> None:
+    sequence: PackedSequence = trained.sequence
+    inputs = trained.inputs
+    num_tokens = int(inputs["sample_lens"][:-1].sum())
+    assert torch.equal(sequence.position_ids[:, sequence.order], inputs["packed_position_ids"][:, :num_tokens])
+    assert torch.equal(sequence.labels[sequence.labels >= 0], inputs["packed_label_ids"])
+    assert torch.equal(sequence.label_weights[sequence.labels >= 0], inputs["ce_loss_weights"])
+
+
+@pytest.mark.parametrize("trained", FIXTURES, indirect=True)
+def test_hidden_states_and_cross_entropy(trained: SimpleNamespace) -> None:
+    output: G2VLMOutput = trained.output
+    hidden = in_sequence(trained.sequence, output.geometric_hidden, output.semantic_hidden)
+    assert_close(hidden, trained.expected["last_hidden"], "last_hidden")
+    assert_close(trained.cross_entropy, trained.expected["ce_per_token"], "ce_per_token")
+
+
+@pytest.mark.parametrize("trained", FIXTURES, indirect=True)
+def test_predictions(trained: SimpleNamespace) -> None:
+    prediction = batched(trained.output)
+    assert_close(prediction.local_points, trained.expected["pred.local_points"], "local_points")
+    assert_close(prediction.world_points, trained.expected["pred.points"], "points")
+    assert_close(prediction.cam_to_world, trained.expected["pred.camera_poses"], "camera_poses")
+    divisor = prediction.local_points.norm(dim=-1)[trained.inputs["packed_point_masks"][None].bool()].mean()
+    assert_close(prediction.global_points / divisor, trained.expected["pred.global_points"], "global_points")
+
+
+@pytest.mark.parametrize("trained", FIXTURES, indirect=True)
+def test_geometry_losses(trained: SimpleNamespace) -> None:
+    losses: GeometryLosses = trained.losses
+    names = {
+        "local_pts_loss": "points",
+        "global_pts_loss": "global_points",
+        "normal_loss": "normal",
+        "trans_loss": "translation",
+        "rot_loss": "rotation",
+    }
+    for released, ours in names.items():
+        torch.testing.assert_close(losses.terms[ours], trained.expected[f"detail.{released}"][0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses.total, trained.expected["dl_total"][0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("trained", FIXTURES, indirect=True)
+def test_gradient_norms(trained: SimpleNamespace) -> None:
+    total = trained.cross_entropy.mean() + trained.losses.total
+    torch.testing.assert_close(total, trained.expected["total_ce_mean_plus_dl"][0], rtol=1e-4, atol=0)
+    trained.model.zero_grad()
+    total.backward()
+    gradients = {name: p.grad for name, p in trained.model.named_parameters() if p.grad is not None}
+    for key, expected in trained.expected.items():
+        if key.startswith("grad_norm."):
+            ours = RELEASE_MAP.to_ours(key.removeprefix("grad_norm."))
+            torch.testing.assert_close(gradients[ours].norm(), expected[0], rtol=1e-3, atol=0)
