@@ -76,7 +76,7 @@ def run(folder: Path) -> SimpleNamespace:
     )
 
 
-def batched(output: G2VLMOutput):  # noqa: ANN201
+def batched(output: G2VLMOutput):
     """The single scene's prediction with a batch axis."""
     (prediction,) = output.geometry
     return prediction.unsqueeze(0)
