@@ -40,7 +40,7 @@ class Split:
 
 @dataclass
 class _Context:
-    """What a sample has laid down so far, in sequence ranges: what its next split sees, and what its next frame sees."""
+    """What a sample has laid down so far, in sequence ranges: what its next split sees, what its next frame sees."""
 
     everything: list[Range] = field(default_factory=list)
     but_frames: list[Range] = field(default_factory=list)
@@ -127,7 +127,7 @@ class SplitLayout:
                 raise ValueError(f"{cached} cached tokens cut {split}; only a causal split can be continued")
 
     def _blocks(self, split: Split, earlier: list[Range], cached: int) -> list[Block]:
-        """The blocks of one split. A causal split is cut into runs of one expert, which does not change what is seen."""
+        """The blocks of one split. A causal split is cut into runs of one expert; that does not change what is seen."""
         if split.mode != "causal":
             keys = self._keys([*earlier, (split.start, split.stop)])
             return [Block((a - cached, b - cached), keys, False) for a, b in self._place((split.start, split.stop))]
