@@ -53,7 +53,7 @@ def _plan(num_views: int, size: tuple[int, int], args: Namespace) -> str:
     sequence = recon_sequence([torch.empty(num_views, 3, *size, device="meta")], config)
     return "\n".join(
         [
-            f"views    {num_views}, brought to {size[1]}x{size[0]}, {size[0] // patch} x {size[1] // patch} patches each",
+            f"views    {num_views}, brought to {size[1]}x{size[0]}, {size[0] // patch} x {size[1] // patch} patches",
             f"tokens   {sequence.num_tokens} ({sequence.num_geometry} geometry)",
             f"output   {args.output}: {', '.join(args.formats)}",
         ]
