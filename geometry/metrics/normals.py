@@ -35,7 +35,8 @@ def normal_metrics(pred: ArrayLike, gt: ArrayLike, valid: ArrayLike) -> NormalMe
     if not mask.any():
         raise ValueError("valid: no valid pixel")
     p, g = _directions(source[mask], "pred"), _directions(target[mask], "gt")  # (n, 3)
-    angle = np.degrees(np.arctan2(np.linalg.norm(np.cross(p, g), axis=-1), np.sum(p * g, axis=-1)))
+    sine: FloatArray = np.linalg.norm(np.cross(p, g), axis=-1)  # (n,), times both lengths, as the cosine
+    angle = np.degrees(np.arctan2(sine, np.sum(p * g, axis=-1)))
     return NormalMetrics(float(np.mean(angle)), float(np.median(angle)), int(np.count_nonzero(mask)))
 
 
