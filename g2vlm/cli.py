@@ -116,7 +116,3 @@ def _report_bug(error: Exception, debug: bool) -> int:
     print(f"  why: this is a bug; the traceback is in {file.name}", file=sys.stderr)
     print("  fix: please report it with that file", file=sys.stderr)
     return G2VLMError.code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

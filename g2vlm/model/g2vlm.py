@@ -11,7 +11,7 @@ from timm.layers import LayerScale as TimmLayerScale
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from g2vlm import compat
+from g2vlm.compat import build_vision_tower, run_vision_tower
 from g2vlm.config import G2VLMConfig
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.encoders.shared_tower import SharedTower
@@ -45,7 +45,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         dim = config.decoder.hidden_size
         self.embed_tokens = nn.Embedding(config.decoder.vocab_size, dim)
-        self.semantic_encoder = compat.build_vision_tower(config.semantic_encoder, dim)
+        self.semantic_encoder = build_vision_tower(config.semantic_encoder, dim)
         self.geometry_encoder = self._build_geometry_encoder(config)
         zero_init = config.geometry_encoder.projection_init == "zero"
         self.geometry_projection = GeometryProjection(self.geometry_encoder.config.hidden_size, dim, zero_init)
@@ -113,7 +113,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Patches (n, 1176) of images with grids (images, 3) -> merged image tokens (V, D)."""
-        return compat.run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
+        return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
 
     def embed_views(self, views: Sequence[Tensor]) -> Tensor:
         """Geometry tokens of all segments, view by view, row by row: (G, D)."""
