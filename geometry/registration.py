@@ -147,7 +147,7 @@ class _Correspondences:
 
 def _correspondences(source: FloatArray, target: KDTree, max_distance: float) -> _Correspondences:
     distance, index = target.query(source, distance_upper_bound=max_distance, workers=-1)
-    found = np.flatnonzero(distance < max_distance)  # (n,), a miss has infinite distance
+    found = np.flatnonzero(np.isfinite(distance))  # (n,); a source point without target has infinite distance
     squared = np.asarray(distance)[found] ** 2
     rmse = float(np.sqrt(np.mean(squared))) if len(found) else 0.0
     return _Correspondences(found, np.asarray(index)[found], len(found) / len(source), rmse)
