@@ -1,0 +1,69 @@
+"""The default backend: one `scaled_dot_product_attention` call per block, without masks.
+
+Shape legend: n queries and m keys of one block, Hq query heads, Hkv key heads, D width of a head.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from g2vlm.model.attention.plan import AttnPlan, Block, Range
+
+TILE_ROWS = 256
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttnPlan, scale: float) -> Tensor:
+    """Attention of q (Sq, Hq, D) over k, v (Sk, Hkv, D); a block with one key range works on views of them."""
+    outputs = [_attend_block(q, k, v, block, scale) for block in plan.blocks]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Tensor:
+    query = _rows(q, (block.q_range,))  # (1, Hq, n, D)
+    key, value = _rows(k, block.key_ranges), _rows(v, block.key_ranges)  # (1, Hkv, m, D)
+    if block.causal and block.num_queries > 1:
+        out = _causal(query, key, value, scale)
+    else:
+        out = _sdpa(query, key, value, scale)
+    return out[0].transpose(0, 1)  # (n, Hq, D)
+
+
+def _rows(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+    parts = [x[start:stop] for start, stop in ranges]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.transpose(0, 1)[None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention aligned to the end: query j sees all but the last n - 1 - j keys."""
+    if query.shape[2] == key.shape[2]:
+        return _sdpa(query, key, value, scale, is_causal=True)
+    if query.is_cuda and query.dtype != torch.float32:
+        return _sdpa(query, key, value, scale, causal_lower_right(query.shape[2], key.shape[2]))
+    return _causal_by_tiles(query, key, value, scale)
+
+
+def _causal_by_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same where no kernel aligns to the end (CPU, fp32): row tiles that skip later keys and mask only themselves.
+
+    torch would build the n x m mask at once; a tile's mask has at most `TILE_ROWS` rows.
+    """
+    num_queries = query.shape[2]
+    before = key.shape[2] - num_queries
+    outputs = []
+    for start in range(0, num_queries, TILE_ROWS):
+        stop = min(start + TILE_ROWS, num_queries)
+        seen = slice(0, before + stop)
+        mask = torch.ones(stop - start, before + stop, dtype=torch.bool, device=query.device).tril(before + start)
+        outputs.append(_sdpa(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], scale, mask))
+    return torch.cat(outputs, dim=2)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )

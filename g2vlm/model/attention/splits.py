@@ -1,0 +1,227 @@
+"""From splits of a sequence to an attention plan: the one visibility rule of training, inference and cached decoding.
+
+A split is a run of tokens in sequence order with one attention mode. Query `q` sees key `k` when both belong to the
+same sample and
+
+* they are in the same split, and `k <= q` or the split is not causal; or
+* `k` is in an earlier split that is not `noise`, and the two splits are not both `frame`.
+
+`causal`, `full` and `noise` are the modes of the released code; `frame` is a full split that the other frames of its
+sample do not see, for frame-wise attention.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, get_args
+
+from g2vlm.model.attention.plan import AttnPlan, Block, Range, length
+
+Mode = Literal["causal", "full", "frame", "noise"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokens `start <= position < stop` of the sequence, their attention mode and the sample they belong to."""
+
+    start: int
+    stop: int
+    mode: Mode
+    sample: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"split ({self.start}, {self.stop}) must satisfy 0 <= start < stop")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"split mode {self.mode!r} is unknown; allowed: {', '.join(get_args(Mode))}")
+
+
+@dataclass
+class _Context:
+    """What a sample has laid down so far, in sequence ranges: what its next split sees, what its next frame sees."""
+
+    everything: list[Range] = field(default_factory=list)
+    but_frames: list[Range] = field(default_factory=list)
+
+    def seen_by(self, split: Split) -> list[Range]:
+        return self.but_frames if split.mode == "frame" else self.everything
+
+    def add(self, split: Split) -> None:
+        if split.mode == "noise":
+            return
+        self.everything = merge_touching([*self.everything, (split.start, split.stop)])
+        if split.mode != "frame":
+            self.but_frames = merge_touching([*self.but_frames, (split.start, split.stop)])
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """The splits of a packed sequence and which of its tokens go to the geometry expert.
+
+    Args:
+        splits: in sequence order, tiling `[0, num_tokens)`.
+        geometry: ranges of geometry tokens in sequence order, disjoint and increasing.
+    """
+
+    splits: tuple[Split, ...]
+    geometry: tuple[Range, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_order("splits", [(split.start, split.stop) for split in self.splits], contiguous=True)
+        _check_order("geometry ranges", self.geometry)
+        if self.geometry and self.geometry[-1][1] > self.num_tokens:
+            raise ValueError(
+                f"geometry range {self.geometry[-1]} reaches beyond the {self.num_tokens} tokens of the splits"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence."""
+        return self.splits[-1].stop if self.splits else 0
+
+    @property
+    def num_geometry(self) -> int:
+        """Number of geometry tokens."""
+        return sum(length(span) for span in self.geometry)
+
+    def appended(self, num_tokens: int, mode: Mode = "causal", sample: int = 0) -> "SplitLayout":
+        """This layout followed by `num_tokens` semantic tokens of `sample`; causal ones prolong a causal last split."""
+        last = self.splits[-1] if self.splits else None
+        start, stop = self.num_tokens, self.num_tokens + num_tokens
+        if last and mode == last.mode == "causal" and last.sample == sample:
+            return SplitLayout((*self.splits[:-1], Split(last.start, stop, mode, sample)), self.geometry)
+        return SplitLayout((*self.splits, Split(start, stop, mode, sample)), self.geometry)
+
+    def plan(self, cached: int = 0) -> AttnPlan:
+        """The minimal plan in expert layout.
+
+        Args:
+            cached: number of leading tokens whose keys are cached; the queries are the tokens after them. They must be
+                semantic, and a split that is not causal cannot be cut.
+
+        Raises:
+            ValueError: geometry tokens after the cached prefix, or a full split cut by it.
+        """
+        self._check_cached(cached)
+        contexts: dict[int, _Context] = {}
+        blocks: list[Block] = []
+        for split in self.splits:
+            context = contexts.setdefault(split.sample, _Context())
+            if split.stop > cached:
+                blocks += self._blocks(split, context.seen_by(split), cached)
+            context.add(split)
+        blocks.sort(key=lambda block: block.q_range)
+        return AttnPlan(_merge_blocks(blocks), self.num_tokens - cached, self.num_tokens)
+
+    def _check_cached(self, cached: int) -> None:
+        if not 0 <= cached <= self.num_tokens:
+            raise ValueError(f"cached is {cached}; the sequence has {self.num_tokens} tokens")
+        if cached and self.geometry and self.geometry[-1][1] > cached:
+            raise ValueError(
+                f"geometry tokens {self.geometry[-1]} after the {cached} cached tokens; only semantic tokens append"
+            )
+        for split in self.splits:
+            if split.mode != "causal" and split.start < cached < split.stop:
+                raise ValueError(f"{cached} cached tokens cut {split}; only a causal split can be continued")
+
+    def _blocks(self, split: Split, earlier: list[Range], cached: int) -> list[Block]:
+        """The blocks of one split. A causal split is cut into runs of one expert; that does not change what is seen."""
+        if split.mode != "causal":
+            keys = self._keys([*earlier, (split.start, split.stop)])
+            return [Block((a - cached, b - cached), keys, False) for a, b in self._place((split.start, split.stop))]
+        blocks = []
+        for start, stop, geometry in self._runs(split):
+            if stop > cached:
+                seen = merge_touching([*earlier, (split.start, stop)])
+                (query,) = self._place((max(start, cached), stop))
+                blocks.append(Block((query[0] - cached, query[1] - cached), self._keys(seen, geometry), True))
+        return blocks
+
+    def _runs(self, split: Split) -> list[tuple[int, int, bool]]:
+        """`(start, stop, is geometry)` runs of one expert inside a split."""
+        inside = [
+            (max(a, split.start), min(b, split.stop)) for a, b in self.geometry if a < split.stop and b > split.start
+        ]
+        runs, position = [], split.start
+        for start, stop in inside:
+            runs += [(position, start, False), (start, stop, True)]
+            position = stop
+        runs.append((position, split.stop, False))
+        return [run for run in runs if run[0] < run[1]]
+
+    @cached_property
+    def _geometry_starts(self) -> tuple[list[int], list[int]]:
+        """Start of each geometry range, and the number of geometry tokens before it."""
+        before = accumulate((length(span) for span in self.geometry), initial=0)
+        return [span[0] for span in self.geometry], list(before)
+
+    def _geometry_before(self, position: int) -> int:
+        starts, before = self._geometry_starts
+        index = bisect_right(starts, position) - 1
+        return before[index] + min(position - starts[index], length(self.geometry[index])) if index >= 0 else 0
+
+    def experts(self, span: Range) -> tuple[Range, Range]:
+        """A sequence range in expert layout: its geometry tokens and its semantic tokens (either may be empty)."""
+        first, last = self._geometry_before(span[0]), self._geometry_before(span[1])
+        offset = self.num_geometry
+        return (first, last), (offset + span[0] - first, offset + span[1] - last)
+
+    def _place(self, span: Range) -> list[Range]:
+        """The non-empty expert-layout ranges of a sequence range."""
+        return [part for part in self.experts(span) if length(part)]
+
+    def _keys(self, seen: Iterable[Range], geometry_last: bool = False) -> tuple[Range, ...]:
+        """Expert-layout keys of sequence ranges: geometry then semantic, or the reverse for a causal geometry run."""
+        parts = list(zip(*(self.experts(span) for span in seen), strict=True))
+        geometry, semantic = ([part for part in expert if length(part)] for expert in parts)
+        return tuple(merge_touching([*semantic, *geometry] if geometry_last else [*geometry, *semantic]))
+
+
+def merge_touching(ranges: Iterable[Range]) -> list[Range]:
+    """Joins each range with the one listed before it when it starts where that one stops."""
+    merged: list[Range] = []
+    for span in ranges:
+        if merged and merged[-1][1] == span[0]:
+            merged[-1] = (merged[-1][0], span[1])
+        else:
+            merged.append(span)
+    return merged
+
+
+def _merge_blocks(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    merged: list[Block] = []
+    for block in blocks:
+        joined = _join(merged[-1], block) if merged else None
+        if joined:
+            merged[-1] = joined
+        else:
+            merged.append(block)
+    return tuple(merged)
+
+
+def _join(left: Block, right: Block) -> Block | None:
+    """The one block equal to two adjacent ones, or None.
+
+    Full blocks join when they see the same keys; causal ones when `right` sees `left`'s keys and its own tokens.
+    """
+    if left.causal != right.causal:
+        return None
+    expected = left.key_ranges
+    if left.causal:
+        start, stop = left.key_ranges[-1]
+        expected = (*left.key_ranges[:-1], (start, stop + right.num_queries))
+    if right.key_ranges != expected:
+        return None
+    return Block((left.q_range[0], right.q_range[1]), right.key_ranges, left.causal)
+
+
+def _check_order(name: str, spans: Sequence[Range], contiguous: bool = False) -> None:
+    position = 0
+    for span in spans:
+        if span[0] >= span[1] or span[0] < position or (contiguous and span[0] != position):
+            raise ValueError(
+                f"{name} must be non-empty and in order{', without gaps' * contiguous}: {span} after {position}"
+            )
+        position = span[1]

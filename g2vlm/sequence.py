@@ -1,0 +1,367 @@
+"""From segments (text, views, images) to one packed sequence: token ids, M-RoPE positions, attention plan, labels.
+
+Sequence order is the order in which a reader meets the tokens. Expert layout, in which the model works, is the same
+tokens with all geometry tokens first and all semantic tokens after them, both in sequence order.
+
+Shape legend: S tokens of the pack, U semantic tokens, G = S - U geometry tokens, V image slots, P patches of one view.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, groupby
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from g2vlm.model.attention.plan import AttnPlan, Range
+from g2vlm.model.attention.splits import Mode, Split, SplitLayout
+
+Grid = tuple[int, int]
+GeometryAttention = Literal["global", "block_causal", "frame"]
+SemanticImageAttention = Literal["full", "causal"]
+ViewPositions = Literal["sequential", "shared"]
+
+IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
+FILLER_ID = 0  # id in an image slot: a valid embedding row whose value is replaced
+
+
+@dataclass(frozen=True)
+class Text:
+    """Causal text. `supervised` text gets eos appended and every token predicts its successor; eos itself has no label.
+
+    Raises:
+        ValueError: no ids.
+    """
+
+    ids: tuple[int, ...]
+    supervised: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise ValueError("Text.ids is empty; leave the segment out")
+
+
+@dataclass(frozen=True)
+class GeometryViews:
+    """Consecutive views for the geometry encoder, each a start marker, `rows * columns` geometry tokens, an end marker.
+
+    Args:
+        grids: (rows, columns) of each view in patches.
+
+    Raises:
+        ValueError: no views, or an empty grid.
+    """
+
+    grids: tuple[Grid, ...]
+
+    def __post_init__(self) -> None:
+        if not self.grids:
+            raise ValueError("GeometryViews.grids is empty; leave the segment out")
+        for grid in self.grids:
+            _check_grid("GeometryViews.grids", grid, 1)
+
+
+@dataclass(frozen=True)
+class SemanticImage:
+    """One image for the semantic encoder: a start marker, the merged tokens row by row, an end marker.
+
+    Args:
+        grid: (rows, columns) in patches, before merging.
+        merge: side of the square of patches that becomes one token.
+
+    Raises:
+        ValueError: an empty grid, or one that `merge` does not divide.
+    """
+
+    grid: Grid
+    merge: int = 2
+
+    def __post_init__(self) -> None:
+        _check_grid("SemanticImage.grid", self.grid, self.merge)
+
+
+Segment = Text | GeometryViews | SemanticImage
+Sample = Sequence[Segment]
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the special tokens, looked up in the tokenizer. Both encoders use the same vision markers."""
+
+    bos: int
+    eos: int
+    vision_start: int
+    vision_end: int
+
+
+class SampleRange(NamedTuple):
+    """Where a sample's tokens are in the geometry part and in the semantic part (whose layout indices are G higher)."""
+
+    geometry: Range
+    semantic: Range
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSequence:
+    """One packed sequence in expert layout (all geometry tokens, then all semantic tokens, each in sequence order).
+
+    Args:
+        num_geometry: G; the first G rows of the layout are geometry tokens, view after view, patches row by row.
+        semantic_ids: (U,) token ids; image slots hold `FILLER_ID`.
+        image_slots: (V,) indices into the semantic part that take the merged image tokens, in order.
+        position_ids: (3, S) temporal, row and column position of every token; each sample restarts at 0.
+        plan: who attends to whom, in expert layout.
+        splits: the rule that `plan` follows; it continues a cached sequence, see `decode_plan`.
+        view_grids: for every `GeometryViews` segment, in order, the (rows, columns) of its views.
+        group_samples: index of the sample that each entry of `view_grids` belongs to.
+        sample_ranges: per sample, its range in the geometry part and in the semantic part.
+        next_positions: per sample, the position of the next token to append.
+        labels: (U,) the id that each semantic token should predict (already shifted), `IGNORED` where there is no loss.
+        label_weights: (U,) 1 / sqrt(number of labels of its segment), 0 where there is no loss.
+        order: (S,) sequence order from expert layout: `in_sequence = in_layout[order]`.
+        inverse_order: (S,) expert layout from sequence order: `in_layout = in_sequence[inverse_order]`.
+    """
+
+    num_geometry: int
+    semantic_ids: Tensor
+    image_slots: Tensor
+    position_ids: Tensor
+    plan: AttnPlan
+    splits: SplitLayout
+    view_grids: tuple[tuple[Grid, ...], ...]
+    group_samples: tuple[int, ...]
+    sample_ranges: tuple[SampleRange, ...]
+    next_positions: tuple[int, ...]
+    labels: Tensor
+    label_weights: Tensor
+    order: Tensor
+    inverse_order: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """S."""
+        return self.position_ids.shape[1]
+
+    @property
+    def views_per_group(self) -> tuple[int, ...]:
+        """Number of views of every `GeometryViews` segment."""
+        return tuple(len(grids) for grids in self.view_grids)
+
+    def to(self, device: torch.device | str) -> "PackedSequence":
+        """The same sequence with its tensors on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def decode_plan(self, num_new: int, num_decoded: int = 0, sample: int = 0) -> AttnPlan:
+        """Plan of `num_new` text tokens appended to one sample after this sequence and `num_decoded` appended before.
+
+        The keys are the cached expert layout followed by the appended tokens; query `j` sees everything of its sample
+        up to itself. For several samples, or appended images, extend `splits` by `appended` and ask it for its `plan`.
+        """
+        cached = self.num_tokens + num_decoded
+        return self.splits.appended(num_decoded + num_new, sample=sample).plan(cached)
+
+
+@dataclass(frozen=True)
+class SequenceBuilder:
+    """Lays out samples of segments as one `PackedSequence`; tokens of different samples never see each other.
+
+    Args:
+        special: ids of the special tokens.
+        geometry_attention: `global`: the views of a segment are one full split, all see all (inference of the release).
+            `block_causal`: each view is its own full split and sees everything before it (training of the release).
+            `frame`: each view sees itself and everything before it except the other views of its sample.
+            In all three, what follows sees all views.
+        semantic_image_attention: `full`: an image and its markers are one full split. `causal`: they are like text.
+        view_positions: `sequential`: each view starts where the one before stopped. `shared`: all views of a segment,
+            markers included, start at one position; what follows starts as after the largest view alone, which is the
+            largest id in use plus one, whatever the order of the views.
+
+    Raises:
+        ValueError: an option outside its allowed values.
+    """
+
+    special: SpecialIds
+    geometry_attention: GeometryAttention = "global"
+    semantic_image_attention: SemanticImageAttention = "full"
+    view_positions: ViewPositions = "sequential"
+
+    def __post_init__(self) -> None:
+        for name, allowed in [
+            ("geometry_attention", get_args(GeometryAttention)),
+            ("semantic_image_attention", get_args(SemanticImageAttention)),
+            ("view_positions", get_args(ViewPositions)),
+        ]:
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+
+    def build(self, samples: Iterable[Sample]) -> PackedSequence:
+        """Packs samples in order.
+
+        Raises:
+            ValueError: no samples, or a sample without segments.
+        """
+        draft = _Draft()
+        for sample in samples:
+            if not sample:
+                raise ValueError(f"sample {len(draft.next_positions)} has no segments")
+            draft.next_positions.append(0)
+            for segment in sample:
+                self._add(draft, segment)
+        if not draft.next_positions:
+            raise ValueError("no samples to pack")
+        return draft.packed()
+
+    def _add(self, draft: "_Draft", segment: Segment) -> None:
+        if isinstance(segment, Text):
+            draft.add_split("causal", [self._text_run(segment, draft.position)])
+        elif isinstance(segment, SemanticImage):
+            rows, columns = segment.grid[0] // segment.merge, segment.grid[1] // segment.merge
+            draft.add_split(self.semantic_image_attention, self._wrapped("image", (rows, columns), draft.position))
+        else:
+            self._add_views(draft, segment)
+
+    def _add_views(self, draft: "_Draft", segment: GeometryViews) -> None:
+        draft.add_group(segment.grids)
+        if self.view_positions == "shared":
+            bases = [draft.position] * len(segment.grids)
+        else:
+            bases = accumulate((max(grid) + 2 for grid in segment.grids[:-1]), initial=draft.position)
+        views = [self._wrapped("geometry", grid, base) for grid, base in zip(segment.grids, bases, strict=True)]
+        if self.geometry_attention == "global":
+            draft.add_split("full", [run for runs in views for run in runs])
+        else:
+            for runs in views:
+                draft.add_split("frame" if self.geometry_attention == "frame" else "full", runs)
+
+    def _text_run(self, text: Text, base: int) -> "_Run":
+        if not text.supervised:
+            return _Run("text", text.ids, text_positions(base, len(text.ids)))
+        ids = (*text.ids, self.special.eos)
+        return _Run("text", ids, text_positions(base, len(ids)), (*ids[1:], IGNORED))
+
+    def _wrapped(self, kind: "_Kind", grid: Grid, base: int) -> list["_Run"]:
+        """Start marker, one token per grid cell, end marker."""
+        return [
+            _Run("text", (self.special.vision_start,), text_positions(base, 1)),
+            _Run(kind, (FILLER_ID,) * math.prod(grid), grid_positions(base + 1, *grid)),
+            _Run("text", (self.special.vision_end,), text_positions(base + 1 + max(grid), 1)),
+        ]
+
+
+def text_positions(base: int, count: int) -> Tensor:
+    """(3, count) positions of text: (p, p, p) for p = base, base + 1, ..."""
+    return torch.arange(base, base + count).expand(3, -1)
+
+
+def grid_positions(base: int, rows: int, columns: int, times: int = 1) -> Tensor:
+    """(3, times * rows * columns) positions of a grid: base + its (time, row, column).
+
+    What follows starts at `base + max(times, rows, columns)`.
+    """
+    return base + torch.cartesian_prod(torch.arange(times), torch.arange(rows), torch.arange(columns)).T
+
+
+_Kind = Literal["text", "image", "geometry"]
+_Number = TypeVar("_Number", int, float)
+
+
+class _Run(NamedTuple):
+    """Tokens of one kind: one id per token, (3, n) positions, and one label per token or none at all."""
+
+    kind: _Kind
+    ids: tuple[int, ...]
+    positions: Tensor
+    labels: tuple[int, ...] = ()
+
+    def weights(self) -> tuple[float, ...]:
+        """One weight per label, 0 for the ignored ones."""
+        count = sum(label != IGNORED for label in self.labels)
+        return tuple(0.0 if label == IGNORED else 1 / math.sqrt(count) for label in self.labels)
+
+
+@dataclass
+class _Draft:
+    """The pack while it grows, in sequence order; the last entry of `next_positions` is the sample being laid out."""
+
+    runs: list[_Run] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    view_grids: list[tuple[Grid, ...]] = field(default_factory=list)
+    group_samples: list[int] = field(default_factory=list)
+    next_positions: list[int] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Position of the sample's next token."""
+        return self.next_positions[-1]
+
+    def add_group(self, grids: tuple[Grid, ...]) -> None:
+        self.view_grids.append(grids)
+        self.group_samples.append(len(self.next_positions) - 1)
+
+    def add_split(self, mode: Mode, runs: list[_Run]) -> None:
+        """Appends runs as one split; the next position is one more than the largest that they end with."""
+        start = self.splits[-1].stop if self.splits else 0
+        stop = start + sum(len(run.ids) for run in runs)
+        self.splits.append(Split(start, stop, mode, len(self.next_positions) - 1))
+        self.runs += runs
+        self.next_positions[-1] = max(self.position, *(int(run.positions[0, -1]) + 1 for run in runs))
+
+    def packed(self) -> PackedSequence:
+        lengths = torch.tensor([len(run.ids) for run in self.runs])
+        is_geometry = _per_token([run.kind == "geometry" for run in self.runs], lengths)
+        is_image = _per_token([run.kind == "image" for run in self.runs], lengths)
+        inverse_order = torch.argsort(is_geometry.logical_not().byte(), stable=True)
+        layout = self._layout()
+        semantic = inverse_order[layout.num_geometry :]
+        return PackedSequence(
+            num_geometry=layout.num_geometry,
+            semantic_ids=torch.tensor([token for run in self.runs for token in run.ids])[semantic],
+            image_slots=is_image[semantic].nonzero().flatten(),
+            position_ids=torch.cat([run.positions for run in self.runs], dim=1)[:, inverse_order],
+            plan=layout.plan(),
+            splits=layout,
+            view_grids=tuple(self.view_grids),
+            group_samples=tuple(self.group_samples),
+            sample_ranges=self._sample_ranges(layout),
+            next_positions=tuple(self.next_positions),
+            labels=torch.tensor(_filled(self.runs, [run.labels for run in self.runs], IGNORED))[semantic],
+            label_weights=torch.tensor(_filled(self.runs, [run.weights() for run in self.runs], 0.0))[semantic],
+            order=torch.argsort(inverse_order),
+            inverse_order=inverse_order,
+        )
+
+    def _layout(self) -> SplitLayout:
+        ends = list(accumulate(len(run.ids) for run in self.runs))
+        geometry = [
+            (end - len(run.ids), end) for run, end in zip(self.runs, ends, strict=True) if run.kind == "geometry"
+        ]
+        return SplitLayout(tuple(self.splits), tuple(geometry))
+
+    def _sample_ranges(self, layout: SplitLayout) -> tuple[SampleRange, ...]:
+        ranges = []
+        for _, group in groupby(self.splits, key=lambda split: split.sample):
+            splits = list(group)
+            geometry, (start, stop) = layout.experts((splits[0].start, splits[-1].stop))
+            ranges.append(SampleRange(geometry, (start - layout.num_geometry, stop - layout.num_geometry)))
+        return tuple(ranges)
+
+
+def _per_token(values: list[bool], lengths: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(values), lengths)
+
+
+def _filled(runs: list[_Run], values: list[tuple[_Number, ...]], default: _Number) -> list[_Number]:
+    """One value per token, `default` for the runs without values."""
+    filled = []
+    for run, own in zip(runs, values, strict=True):
+        filled += own or (default,) * len(run.ids)
+    return filled
+
+
+def _check_grid(name: str, grid: Grid, divisor: int) -> None:
+    rows, columns = grid
+    if rows < 1 or columns < 1 or rows % divisor or columns % divisor:
+        raise ValueError(f"{name} holds {grid}; rows and columns must be positive multiples of {divisor}")
