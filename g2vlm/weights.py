@@ -6,7 +6,7 @@ Only safetensors is ever opened: a header of JSON and raw numbers, nothing that 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -286,7 +286,7 @@ def _split(specs: Specs, max_bytes: int | None) -> list[dict[str, TensorSpec]]:
 
 
 def _write_file(file: Path, specs: Specs, source: TensorSource) -> None:
-    """The safetensors format: header length (8 bytes), JSON header padded to 8, data; widest types first (alignment)."""
+    """The safetensors format: the header's length, the JSON header, the data; widest types first, for alignment."""
     names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -308,7 +308,7 @@ def _write_file(file: Path, specs: Specs, source: TensorSource) -> None:
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def storage_dtype(specs: Specs) -> torch.dtype:
@@ -317,8 +317,3 @@ def storage_dtype(specs: Specs) -> torch.dtype:
     for spec in specs.values():
         totals[spec.dtype] = totals.get(spec.dtype, 0) + math.prod(spec.shape)
     return max(totals, key=lambda dtype: totals[dtype], default=torch.float32)
-
-
-def subset(specs: Specs, names: Iterable[str]) -> dict[str, TensorSpec]:
-    """The specs of some names."""
-    return {name: specs[name] for name in names}

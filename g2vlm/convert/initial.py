@@ -1,5 +1,6 @@
 """An initial checkpoint: semantic half from a Qwen2-VL, geometry encoder from a DINOv2, the rest random."""
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from g2vlm.convert.keymap import Translated
 from g2vlm.convert.qwen2_vl import Qwen2VL, copy_recipes, open_qwen2_vl
 from g2vlm.errors import CheckpointError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
-from g2vlm.weights import TensorSource, cast, storage_dtype, subset
+from g2vlm.weights import TensorSource, cast, storage_dtype
 
 
 @dataclass(frozen=True)
@@ -72,35 +73,26 @@ class Layered:
 
 
 class RandomTensors:
-    """The model's random initial values of everything that no public checkpoint gives: one module in memory at a time.
-
-    A module's values depend on the seed and the module alone, not on what is asked for before.
-    """
+    """The random initial values of everything that no public checkpoint gives; each module's depend on its name only."""
 
     def __init__(self, config: G2VLMConfig, seed: int, dtype: torch.dtype):
         with torch.device("meta"):
             self._model = G2VLMForConditionalGeneration(config)
-        layers = [f"decoder.layers.{i}.geometric" for i in range(config.decoder.num_layers)]
-        self._modules = [*layers, "decoder.geometric_norm", "geometry_projection", "heads"]
         self._seed = seed
-        self._current: str | None = None
         specs = self._model.tensor_specs(config)
-        prefixes = tuple(f"{module}." for module in self._modules)
-        self.specs = cast(subset(specs, (name for name in specs if name.startswith(prefixes))), dtype)
+        self.specs = cast({name: specs[name] for name in specs if _is_new(name)}, dtype)
 
     def load(self, name: str) -> Tensor:
         """A tensor of the model."""
-        module = next(module for module in self._modules if name.startswith(f"{module}."))
-        if module != self._current:
-            self._fill(module)
-        return self._model.get_parameter(name).detach().to(self.specs[name].dtype)
-
-    def _fill(self, name: str) -> None:
-        if self._current is not None:
-            self._model.get_submodule(self._current).to_empty(device="meta")
-        module = self._model.get_submodule(name).to_empty(device="cpu")
-        self._current = name
+        path, _, parameter = name.rpartition(".")
+        module = self._model.get_submodule(path).to_empty(device="cpu", recurse=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed + self._modules.index(name))
-            module.apply(self._model._init_weights)
-            self._model._init_weights(self._model)
+            torch.manual_seed(self._seed + zlib.crc32(path.encode()))
+            self._model._init_weights(module)
+        value = module.get_parameter(parameter).detach().to(self.specs[name].dtype)
+        module.to_empty(device="meta", recurse=False)
+        return value
+
+
+def _is_new(name: str) -> bool:
+    return name.startswith(("geometry_projection.", "heads.")) or ".geometric" in name

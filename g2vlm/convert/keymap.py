@@ -1,7 +1,7 @@
 """One declarative map between two naming schemes of the same tensors, used in both directions.
 
-A rule pairs a pattern of theirs with a pattern of ours. `{i}` and `{j}` stand for a number, `{tail}` for the rest of a
-name. A rule with several patterns of theirs joins those tensors into one of ours along dim 0 (query, key, value -> qkv).
+A rule pairs a pattern of theirs with a pattern of ours. `{i}` stands for a number, `{tail}` for the rest of a name. A
+rule with several patterns of theirs joins those tensors into one of ours along dim 0 (query, key, value -> qkv).
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from g2vlm.weights import Specs, TensorSource, TensorSpec
 
-_PLACEHOLDERS = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "tail": r"(?P<tail>.+)"}
+_PLACEHOLDERS = {"i": r"(?P<i>\d+)", "tail": r"(?P<tail>.+)"}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A stock Qwen2-VL as the semantic half of our model: names of tensors and sizes.
 
-Its files come in two styles of names: `model.*` and `visual.*`, or, newer, `model.language_model.*` and `model.visual.*`.
+Its files name tensors in one of two styles: `model.*` and `visual.*`, or, newer, `model.language_model.*` and
+`model.visual.*`.
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ MODEL_TYPE = "qwen2_vl"
 def expert_rules(llm: str, expert: str, suffix: str) -> list[Rule]:
     """Qwen2's decoder layers and final norm <-> one of our experts; `suffix` marks a second set of names."""
     layer, half = f"{llm}layers.{{i}}.", f"decoder.layers.{{i}}.{expert}."
-    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     return [
         rule(f"{llm}norm{suffix}.weight", f"decoder.{expert}_norm.weight"),
         rule(f"{layer}input_layernorm{suffix}.weight", f"{half}input_norm.weight"),
         rule(f"{layer}post_attention_layernorm{suffix}.weight", f"{half}post_attention_norm.weight"),
         rule(f"{layer}mlp{suffix}.{{tail}}", f"{half}mlp.{{tail}}"),
-        *(rule(f"{layer}self_attn.{name}{suffix}.{{tail}}", f"{half}attention.{name}.{{tail}}") for name in projections),
+        *(
+            rule(f"{layer}self_attn.{name}{suffix}.{{tail}}", f"{half}attention.{name}.{{tail}}")
+            for name in projections
+        ),
     ]
 
 

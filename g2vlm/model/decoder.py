@@ -77,8 +77,9 @@ class MoTDecoder(nn.Module):
         """
         config = self.config
         cos, sin = mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections)
-        stream_dtype = torch.promote_types(self.semantic_norm.weight.dtype, getattr(torch, config.residual_dtype))
+        dtype = self.semantic_norm.weight.dtype
+        stream_dtype = torch.promote_types(dtype, getattr(torch, config.residual_dtype))
         geometry, semantic = geometry.to(stream_dtype), semantic.to(stream_dtype)
         for layer in self.layers:
             geometry, semantic = layer(geometry, semantic, cos, sin, plan, backend)
-        return self.geometric_norm(geometry), self.semantic_norm(semantic)
+        return self.geometric_norm(geometry).to(dtype), self.semantic_norm(semantic).to(dtype)

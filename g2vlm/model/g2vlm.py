@@ -19,7 +19,7 @@ from g2vlm.encoders.shared_tower import SharedTower
 from g2vlm.model import loading
 from g2vlm.model.decoder import MoTDecoder
 from g2vlm.model.heads import GeometryHeads
-from g2vlm.model.layers import LayerScale, RMSNorm
+from g2vlm.model.layers import DefaultLinear, GeometryProjection, LayerScale, RMSNorm
 from g2vlm.model.outputs import G2VLMOutput
 from g2vlm.sequence import PackedSequence
 from g2vlm.weights import TensorSpec
@@ -42,7 +42,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "sequence"
     _no_split_modules = ["MoTLayer", "Block", "Qwen2VLVisionBlock", "FrameBlock", "ContextBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["point_head", "camera_head", "normal_head", "confidence_head"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["point_head", "global_point_head", "camera_head", "normal_head", "confidence_head"]  # noqa: RUF012
 
     def __init__(self, config: G2VLMConfig):
         super().__init__(config)
@@ -50,7 +50,8 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.decoder.vocab_size, dim)
         self.semantic_encoder = compat.build_vision_tower(config.semantic_encoder, dim)
         self.geometry_encoder = self._build_geometry_encoder(config)
-        self.geometry_projection = nn.Linear(self.geometry_encoder.config.hidden_size, dim)
+        zero_init = config.geometry_encoder.projection_init == "zero"
+        self.geometry_projection = GeometryProjection(self.geometry_encoder.config.hidden_size, dim, zero_init)
         self.decoder = MoTDecoder(config.decoder)
         self.lm_head = nn.Linear(dim, config.decoder.vocab_size, bias=False)
         self.heads = GeometryHeads(config)
@@ -169,36 +170,30 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Random weights of one module, as the released model starts (children come before their parents).
+        """Random weights of one module that holds parameters, as the released model starts.
 
-        Linear layers and tables normal(0, initializer_range), norms one, scales their configured value; heads keep
-        PyTorch's default; the projection of geometry tokens zero where configured.
+        Linear layers and tables normal(0, initializer_range), norms one, scales their configured value; the heads keep
+        PyTorch's default.
         """
         std = self.config.decoder.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, DefaultLinear | GeometryProjection | TimmLayerScale):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, RMSNorm | nn.LayerNorm):
+        elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm):
-                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
         elif isinstance(module, LayerScale):
             nn.init.constant_(module.gamma, module.value)
-        elif isinstance(module, TimmLayerScale):
-            module.reset_parameters()
         elif isinstance(module, DinoV2):
             nn.init.zeros_(module.mask_token)
             for table in (module.cls_token, module.register_tokens, module.position_embeddings):
                 nn.init.normal_(table, std=std)
-        elif isinstance(module, GeometryHeads):
-            for child in module.modules():
-                if isinstance(child, nn.Linear):
-                    child.reset_parameters()
-        elif module is self and self.config.geometry_encoder.projection_init == "zero":
-            nn.init.zeros_(self.geometry_projection.weight)
 
 
 AutoConfig.register(G2VLMConfig.model_type, G2VLMConfig, exist_ok=True)

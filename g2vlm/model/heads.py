@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from g2vlm.config import G2VLMConfig, HeadsConfig
+from g2vlm.model.layers import DefaultLinear
 from g2vlm.model.rope import apply_grid_rotary, grid_rope_table
 from geometry import GeometryPrediction, normals_from_points, rigid, rotation_from_9d
 
@@ -19,8 +20,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = DefaultLinear(dim, hidden_dim)
+        self.fc2 = DefaultLinear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -33,8 +34,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = DefaultLinear(dim, 3 * dim)
+        self.proj = DefaultLinear(dim, dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (F, P, D), tables (P, D / heads) -> (F, P, D)."""
@@ -49,10 +50,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q_proj = DefaultLinear(dim, dim)
+        self.k_proj = DefaultLinear(dim, dim)
+        self.v_proj = DefaultLinear(dim, dim)
+        self.proj = DefaultLinear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x and context (F, P, D), tables (P, D / heads) -> (F, P, D)."""
@@ -106,7 +107,7 @@ class FrameDecoder(nn.Module):
     def __init__(self, dim: int, output_dim: int, config: HeadsConfig):
         super().__init__()
         self.blocks = nn.ModuleList(FrameBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.output = nn.Linear(dim, output_dim)
+        self.output = DefaultLinear(dim, output_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(F, P, D) -> (F, P, C)."""
@@ -121,7 +122,7 @@ class ContextDecoder(nn.Module):
     def __init__(self, dim: int, output_dim: int, config: HeadsConfig):
         super().__init__()
         self.blocks = nn.ModuleList(ContextBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.output = nn.Linear(dim, output_dim)
+        self.output = DefaultLinear(dim, output_dim)
 
     def forward(self, x: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x and context (F, P, D) -> (F, P, C)."""
@@ -136,7 +137,7 @@ class PixelHead(nn.Module):
     def __init__(self, feature_dim: int, channels: int, patch_size: int):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(feature_dim, channels * patch_size * patch_size)
+        self.proj = DefaultLinear(feature_dim, channels * patch_size * patch_size)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """(F, P, C) -> (F, H, W, channels); output c * 196 + y * 14 + x of a patch is channel c of its pixel (y, x)."""
@@ -149,7 +150,7 @@ class ResidualMlp(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(3))
+        self.layers = nn.ModuleList(DefaultLinear(dim, dim) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -165,9 +166,9 @@ class CameraHead(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.residuals = nn.ModuleList(ResidualMlp(dim) for _ in range(2))
-        self.mlp = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
-        self.translation = nn.Linear(dim, 3)
-        self.rotation = nn.Linear(dim, 9)
+        self.mlp = nn.ModuleList(DefaultLinear(dim, dim) for _ in range(2))
+        self.translation = DefaultLinear(dim, 3)
+        self.rotation = DefaultLinear(dim, 9)
 
     def forward(self, features: Tensor) -> Tensor:
         """(F, P, C) -> cam_to_world (F, 4, 4), float32; the world frame is common to a scene and otherwise free."""

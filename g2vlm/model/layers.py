@@ -45,3 +45,23 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
         return x * self.gamma
+
+
+class DefaultLinear(nn.Linear):
+    """A linear layer that starts with PyTorch's own initialisation: the geometry heads'."""
+
+
+class GeometryProjection(nn.Linear):
+    """From the geometry encoder's width to the decoder's. With `zero_init`, views start out equal but for position."""
+
+    def __init__(self, input_dim: int, output_dim: int, zero_init: bool):
+        self.zero_init = zero_init
+        super().__init__(input_dim, output_dim)
+
+    def reset_parameters(self) -> None:
+        """Zero, or normal(0, 0.02) as the decoder's linear layers."""
+        nn.init.zeros_(self.bias)
+        if self.zero_init:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=0.02)

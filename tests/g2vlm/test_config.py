@@ -1,0 +1,44 @@
+"""The config tree: presets, strict keys, round trips."""
+
+import pytest
+
+from g2vlm.config import PRESETS, DecoderConfig, G2VLMConfig, HeadsConfig
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_round_trip_through_a_folder(preset: str, tmp_path) -> None:
+    config = PRESETS[preset](geometry_attention="mixed")
+    config.save_pretrained(tmp_path)
+    assert G2VLMConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_defaults_are_the_released_model() -> None:
+    assert G2VLMConfig().to_dict() == G2VLMConfig.paper_2b().to_dict()
+    decoder, heads = G2VLMConfig().decoder, G2VLMConfig().heads
+    assert (decoder.num_layers, decoder.hidden_size, decoder.mrope_sections) == (28, 1536, (16, 24, 24))
+    assert (heads.depth, heads.num_heads, heads.point_dim, heads.camera_dim) == (5, 16, 1024, 512)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"decoder": {"hiden_size": 3}}, "decoder.hiden_size; did you mean decoder.hidden_size"),
+        ({"heds": {}}, "unknown config key heds"),
+        ({"geometry_attention": "local"}, "geometry_attention is 'local'; allowed: global"),
+        ({"decoder": DecoderConfig(mrope_sections=(16, 24, 24), head_dim=128, hidden_size=1544)}, "multiple of 4"),
+    ],
+)
+def test_wrong_values_are_named(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        G2VLMConfig(**kwargs)
+
+
+def test_rotary_sections_must_fill_the_head() -> None:
+    with pytest.raises(ValueError, match="must add up to head_dim / 2"):
+        DecoderConfig(mrope_sections=(1, 2, 3))
+
+
+def test_overrides_replace_a_part() -> None:
+    config = G2VLMConfig.tiny(heads=HeadsConfig(depth=1, num_heads=4, point_dim=16, camera_dim=16))
+    assert config.heads.depth == 1
+    assert config.decoder == G2VLMConfig.tiny().decoder
