@@ -72,7 +72,7 @@ def load_model(
         model = _random_model(str(source), precision, seed)
     else:
         model = _load_folder(_local_folder(source, revision), precision)
-    return model.to(device) if device is not None else model
+    return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> G2VLMForConditionalGeneration:

@@ -25,7 +25,7 @@ class Section:
         value = self.values.get(key, default)
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if not isinstance(value, kind) or isinstance(value, bool):
             found = "is missing" if value is None else f"is {value!r}"
             raise CheckpointError(
                 f"unusable {self.name}", f"{key} {found}; it must be of type {kind.__name__}", "restore the original"

@@ -90,10 +90,10 @@ def encoder_specs(config: GeometryEncoderConfig) -> dict[str, TensorSpec]:
 def _timm_config(files: WeightFiles, settings: Section) -> GeometryEncoderConfig:
     """Sizes from the tensors; the number of heads from timm's `model_args`, else from the heads' usual width."""
     specs = files.specs
-    width = _shape(specs, "cls_token")[-1]
-    rows, patch = _shape(specs, "pos_embed")[-2], _shape(specs, "patch_embed.proj.weight")[-1]
+    width = _shape(specs, "cls_token")[2]
+    rows, patch = _shape(specs, "pos_embed")[1], _shape(specs, "patch_embed.proj.weight", 4)[-1]
     depth = len({name.split(".")[1] for name in specs if name.startswith("blocks.")})
-    hidden = _shape(specs, "blocks.0.mlp.fc1.weight")[0]
+    hidden = _shape(specs, "blocks.0.mlp.fc1.weight", 2)[0]
     return GeometryEncoderConfig(
         hidden_size=width,
         num_layers=depth,
@@ -101,14 +101,16 @@ def _timm_config(files: WeightFiles, settings: Section) -> GeometryEncoderConfig
         mlp_ratio=hidden / width,
         patch_size=patch,
         image_size=math.isqrt(rows) * patch,
-        num_registers=_shape(specs, "reg_token")[-2] if "reg_token" in specs else 0,
+        num_registers=_shape(specs, "reg_token")[1] if "reg_token" in specs else 0,
     )
 
 
-def _shape(specs: Mapping[str, TensorSpec], name: str) -> tuple[int, ...]:
-    if name not in specs or len(specs[name].shape) < 2:
-        raise CheckpointError("unusable DINOv2 weights", f"no usable {name}", "use timm's or transformers' own file")
-    return specs[name].shape
+def _shape(specs: Mapping[str, TensorSpec], name: str, num_axes: int = 3) -> tuple[int, ...]:
+    shape = specs[name].shape if name in specs else None
+    if shape is None or len(shape) != num_axes or 0 in shape:
+        found = "is missing" if shape is None else f"has shape {list(shape)}"
+        raise CheckpointError("unusable DINOv2 weights", f"{name} {found}", "use timm's or transformers' own file")
+    return shape
 
 
 class _TimmFiles:
@@ -119,7 +121,7 @@ class _TimmFiles:
 
     def __init__(self, files: WeightFiles):
         self._files = files
-        dtype, (_, rows, width) = files.specs["pos_embed"]
+        dtype, (_, rows, width) = files.specs["pos_embed"].dtype, _shape(files.specs, "pos_embed")
         self._folded = math.isqrt(rows) ** 2 == rows
         made = {
             "mask_token": TensorSpec(dtype, (1, width)),

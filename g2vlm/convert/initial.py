@@ -73,7 +73,7 @@ class Layered:
 
 
 class RandomTensors:
-    """The random initial values of everything that no public checkpoint gives; each module's depend on its name only."""
+    """Initial values of all that no public checkpoint gives; a module's depend on the seed and its name alone."""
 
     def __init__(self, config: G2VLMConfig, seed: int, dtype: torch.dtype):
         with torch.device("meta"):

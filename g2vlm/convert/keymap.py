@@ -40,10 +40,10 @@ class Recipe:
 
     def spec(self, specs: Specs) -> TensorSpec:
         """Type and shape of the result."""
+        if len(self.sources) == self.parts == 1:
+            return specs[self.sources[0]]
         made_from = [specs[name] for name in self.sources]
         dtype = reduce(torch.promote_types, (spec.dtype for spec in made_from))
-        if not made_from[0].shape:
-            return TensorSpec(dtype, ())
         rows = sum(spec.shape[0] for spec in made_from) // self.parts
         return TensorSpec(dtype, (rows, *made_from[0].shape[1:]))
 

@@ -27,10 +27,7 @@ def expert_rules(llm: str, expert: str, suffix: str) -> list[Rule]:
         rule(f"{layer}input_layernorm{suffix}.weight", f"{half}input_norm.weight"),
         rule(f"{layer}post_attention_layernorm{suffix}.weight", f"{half}post_attention_norm.weight"),
         rule(f"{layer}mlp{suffix}.{{tail}}", f"{half}mlp.{{tail}}"),
-        *(
-            rule(f"{layer}self_attn.{name}{suffix}.{{tail}}", f"{half}attention.{name}.{{tail}}")
-            for name in projections
-        ),
+        *(rule(f"{layer}self_attn.{part}{suffix}.{{tail}}", f"{half}attention.{part}.{{tail}}") for part in attention),
     ]
 
 

@@ -149,7 +149,8 @@ def convert(
 def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: Any, seed: int) -> Conversion:
     if not source.is_dir():
         raise InputError(f"no folder {source}", "there is nothing to convert", "give a checkpoint folder")
-    if is_qwen2_vl(source):
+    known = is_own_layout(source) or g2vlm_release.is_release(source)
+    if not known and is_qwen2_vl(source):
         if geometry_encoder is None:
             raise InputError(
                 f"{source} holds a Qwen2-VL", "its geometry encoder must come from a DINOv2", "pass --geometry-encoder"

@@ -76,7 +76,8 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         source, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         loading.check_folder(cls, source, kwargs)
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, info = super().from_pretrained(source, *args, **kwargs)
+        loaded: Any = super().from_pretrained(source, *args, **kwargs)
+        model, info = loaded
         loading.check_report(info, source)
         if isinstance(model.geometry_encoder, DinoV2):  # transformers makes every loaded tensor trainable
             model.geometry_encoder.mask_token.requires_grad_(False)
