@@ -21,16 +21,15 @@ class Section:
     name: str
 
     def read(self, key: str, kind: type[_Kind], default: _Kind | None = None) -> _Kind:
-        """A value of a type; without a default it must be there."""
+        """A text or a positive number; without a default it must be there."""
         value = self.values.get(key, default)
         if kind is float and type(value) is int:
             value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            found = "is missing" if value is None else f"is {value!r}"
-            raise CheckpointError(
-                f"unusable {self.name}", f"{key} {found}; it must be of type {kind.__name__}", "restore the original"
-            )
-        return value
+        if isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, str) or value > 0):
+            return value
+        found = "is missing" if value is None else f"is {value!r}"
+        wanted = "a text" if kind is str else f"a positive {'whole ' if kind is int else ''}number"
+        raise CheckpointError(f"unusable {self.name}", f"{key} {found}; it must be {wanted}", "restore the original")
 
     def section(self, key: str) -> "Section":
         """A nested object; empty when absent."""
@@ -55,7 +54,7 @@ def read_decoder(text: Section, **fixed: Any) -> DecoderConfig:
     text.allow("hidden_act", "silu")
     text.allow("use_sliding_window", False, None)
     width, num_heads = text.read("hidden_size", int), text.read("num_attention_heads", int)
-    head_dim = text.read("head_dim", int, width // max(num_heads, 1))
+    head_dim = text.read("head_dim", int, width // num_heads)
     rope = _rope(text)
     return DecoderConfig(
         vocab_size=text.read("vocab_size", int),

@@ -25,6 +25,7 @@ from g2vlm.convert.qwen2_vl import expert_rules
 from g2vlm.convert.tokens import read_tokens
 from g2vlm.errors import CheckpointError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.model.loading import possible_config
 from g2vlm.weights import Specs, TensorSource, WeightFiles, compare, read_json
 
 CONFIG_FILES = ("text_config.json", "vit_config.json", "dino_config.json")
@@ -85,8 +86,8 @@ def read_config(folder: Path, specs: Specs | None = None) -> G2VLMConfig:
     """
     specs = WeightFiles(folder).specs if specs is None else specs
     text, vision, dino = (Section(read_json(folder / name), str(folder / name)) for name in CONFIG_FILES)
-    decoder = read_decoder(text)
-    try:
+    with possible_config(folder):
+        decoder = read_decoder(text)
         return G2VLMConfig(
             decoder=decoder,
             semantic_encoder=read_semantic_encoder(vision, decoder.hidden_size),
@@ -94,8 +95,6 @@ def read_config(folder: Path, specs: Specs | None = None) -> G2VLMConfig:
             heads=_heads(specs, decoder.hidden_size),
             tokens=read_tokens(folder, decoder.vocab_size),
         )
-    except ValueError as error:
-        raise CheckpointError(f"unusable config files in {folder}", str(error), "restore the originals") from None
 
 
 def _heads(specs: Specs, width: int) -> HeadsConfig:
@@ -144,7 +143,8 @@ def open_release(folder: Path) -> tuple[G2VLMConfig, TensorSource]:
             "use a checkpoint without them, such as the released one",
         )
     config = read_config(folder, files.specs)
-    expected = KEYMAP.their_specs(G2VLMForConditionalGeneration.tensor_specs(config))
+    with possible_config(folder):
+        expected = KEYMAP.their_specs(G2VLMForConditionalGeneration.tensor_specs(config))
     compare(expected, files.specs).require_complete(folder)
     return config, Translated(files, KEYMAP.to_ours(files.specs))
 

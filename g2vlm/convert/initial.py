@@ -13,8 +13,8 @@ from g2vlm.config import G2VLMConfig
 from g2vlm.convert.dinov2 import open_dinov2
 from g2vlm.convert.keymap import Translated
 from g2vlm.convert.qwen2_vl import Qwen2VL, copy_recipes, open_qwen2_vl
-from g2vlm.errors import CheckpointError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.model.loading import possible_config
 from g2vlm.weights import TensorSource, cast, storage_dtype
 
 
@@ -41,7 +41,7 @@ def open_initial(
     """
     qwen = open_qwen2_vl(qwen_folder, geometric_init=geometric_init)
     encoder, dinov2_source = open_dinov2(dinov2)
-    try:
+    with possible_config(qwen_folder):
         config = G2VLMConfig(
             decoder=qwen.decoder,
             semantic_encoder=qwen.semantic_encoder,
@@ -49,9 +49,7 @@ def open_initial(
             tokens=qwen.tokens,
             semantic_image_attention="causal",
         )
-    except ValueError as error:
-        raise CheckpointError(f"cannot start from {qwen_folder}", str(error), "use another size") from None
-    specs = G2VLMForConditionalGeneration.tensor_specs(config)
+        specs = G2VLMForConditionalGeneration.tensor_specs(config)
     qwen.require_complete(specs)
     semantic = qwen.source()
     sources = [semantic, dinov2_source, RandomTensors(config, seed, storage_dtype(semantic.specs))]

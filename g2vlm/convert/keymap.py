@@ -43,16 +43,15 @@ class Recipe:
         if len(self.sources) == self.parts == 1:
             return specs[self.sources[0]]
         made_from = [specs[name] for name in self.sources]
-        dtype = reduce(torch.promote_types, (spec.dtype for spec in made_from))
-        rows = sum(spec.shape[0] for spec in made_from) // self.parts
-        return TensorSpec(dtype, (rows, *made_from[0].shape[1:]))
+        dtype = reduce(torch.promote_types, [spec.dtype for spec in made_from])
+        rows = sum(spec.shape[0] for spec in made_from)
+        return TensorSpec(dtype, (rows // self.parts, *made_from[0].shape[1:]))
 
     def make(self, source: TensorSource) -> Tensor:
         """The result."""
-        if len(self.sources) > 1:
-            return torch.cat([source.load(name) for name in self.sources])
-        tensor = source.load(self.sources[0])
-        return tensor.chunk(self.parts)[self.part] if self.parts > 1 else tensor
+        tensors = [source.load(name) for name in self.sources]
+        joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        return joined.chunk(self.parts)[self.part]
 
 
 class KeyMap:

@@ -12,7 +12,7 @@ from g2vlm.config import DecoderConfig, SemanticEncoderConfig, TokenIds
 from g2vlm.convert.configs import Section, read_decoder, read_semantic_encoder
 from g2vlm.convert.keymap import KeyMap, Recipe, Rule, Translated, rule
 from g2vlm.convert.tokens import read_tokens
-from g2vlm.errors import CheckpointError
+from g2vlm.model.loading import possible_config
 from g2vlm.weights import Specs, TensorSource, WeightFiles, compare, read_json
 
 MODEL_TYPE = "qwen2_vl"
@@ -87,10 +87,8 @@ def open_qwen2_vl(folder: Path, **decoder_fields: Any) -> Qwen2VL:
     config = Section(read_json(folder / "config.json"), str(folder / "config.json"))
     text = config.section("text_config") if config.values.get("text_config") else config
     files = WeightFiles(folder)
-    try:
+    with possible_config(config.name):
         decoder = read_decoder(text, semantic_qk_norm=False, **decoder_fields)
-    except ValueError as error:
-        raise CheckpointError(f"unusable {config.name}", str(error), "restore the original file") from None
     newer = any(name.startswith("model.language_model.") for name in files.specs)
     return Qwen2VL(
         decoder=decoder,

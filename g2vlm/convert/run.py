@@ -18,7 +18,7 @@ from g2vlm.convert.qwen2_vl import is_qwen2_vl
 from g2vlm.convert.tokens import SPECIAL_IDS, write_tokens
 from g2vlm.errors import CheckFailed, CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
-from g2vlm.model.loading import CONFIG, is_own_layout, own_config
+from g2vlm.model.loading import CONFIG, is_own_layout, own_config, possible_config
 from g2vlm.staging import staged_folder
 from g2vlm.weights import TensorSource, WeightFiles, cast, compare, storage_dtype, write_weights
 
@@ -233,7 +233,9 @@ def _from_public(source: Path, dinov2: Path, geometric_init: Any, seed: int) -> 
 
 def _reopen_own(folder: Path) -> tuple[G2VLMConfig, TensorSource]:
     config, files = own_config(folder), WeightFiles(folder)
-    compare(G2VLMForConditionalGeneration.tensor_specs(config), files.specs).require_complete(folder)
+    with possible_config(folder):
+        specs = G2VLMForConditionalGeneration.tensor_specs(config)
+    compare(specs, files.specs).require_complete(folder)
     return config, files
 
 

@@ -1,5 +1,8 @@
 """What `from_pretrained` checks before and after transformers loads the weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +34,33 @@ def own_config(folder: Path) -> G2VLMConfig:
             f"model_type in {CONFIG} is {values.get('model_type')!r}",
             "convert it first: g2vlm convert SOURCE DESTINATION",
         )
+    with possible_config(folder / CONFIG):
+        config = G2VLMConfig(**values)
+    if wrong := _wrong_types(config):
+        raise CheckpointError(f"unusable {folder / CONFIG}", "; ".join(wrong), "restore the original file")
+    return config
+
+
+@contextmanager
+def possible_config(source: object) -> Iterator[None]:
+    """Around building something from a foreign config: what its values break becomes a CheckpointError."""
     try:
-        return G2VLMConfig(**values)
-    except (ValueError, TypeError, AssertionError) as error:
-        reason = str(error) or "a part of the config is not a JSON object"
-        raise CheckpointError(f"unusable {folder / CONFIG}", reason, "restore the original file") from None
+        yield
+    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = str(error) or f"its values do not go together ({type(error).__name__})"
+        raise CheckpointError(f"unusable config of {source}", reason, "restore the original file") from None
+
+
+def _wrong_types(config: G2VLMConfig) -> list[str]:
+    """Values of the config's parts whose type is not the default's; a whole number may stand for a float."""
+    parts = ("decoder", "semantic_encoder", "geometry_encoder", "heads", "tokens")
+    return [
+        f"{part}.{field.name} is {value!r}, not of type {type(field.default).__name__}"
+        for part in parts
+        for field in fields(getattr(config, part))
+        for value in [getattr(getattr(config, part), field.name)]
+        if type(value) is not type(field.default) and not (type(value) is int and isinstance(field.default, float))
+    ]
 
 
 def check_folder(
@@ -50,7 +75,10 @@ def check_folder(
     config = options.get("config")
     if not isinstance(config, G2VLMConfig):
         config = own_config(folder)
-    compare(cls.tensor_specs(config), WeightFiles(folder).specs).require_complete(folder)
+    files = WeightFiles(folder)
+    with possible_config(folder / CONFIG):
+        specs = cls.tensor_specs(config)
+    compare(specs, files.specs).require_complete(folder)
 
 
 def check_report(info: dict[str, Any], source: object) -> None:
