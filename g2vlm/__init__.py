@@ -11,6 +11,7 @@ Importing the package registers its classes with transformers' Auto classes. Onl
 
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
 def _started_as_command() -> bool:
     """Whether this process is the `g2vlm` script or `python -m g2vlm`."""
-    return Path(sys.argv[0]).stem == "g2vlm" or sys.orig_argv[1:3] == ["-m", "g2vlm"]
+    return Path(sys.argv[0]).stem == "g2vlm" or ("-m", "g2vlm") in pairwise(sys.orig_argv)
 
 
 if not _started_as_command():

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from g2vlm.errors import G2VLMError
 
-FORMATS = ("ply", "glb", "depth", "cameras", "preview")
+FORMATS = ("scene", "ply", "glb", "depth", "cameras", "preview")
 
 
 def build_parser() -> ArgumentParser:

@@ -120,12 +120,21 @@ def _write_file(content: "_Content", target: Path, formats: Sequence[str] | None
     return WRITERS[name](content, target)
 
 
-def _write_folder(content: "_Content", target: Path, formats: list[str], overwrite: bool) -> list[Path]:
+def check_output_folder(target: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written to without losing something, before the work that fills it.
+
+    Raises:
+        InputError: a file stands in its place, or it has content and `overwrite` is off.
+    """
     if target.exists() and not target.is_dir():
         raise InputError(f"not a folder  {target}", "a file of that name exists", "choose another name")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        why = "the output folder has content; nothing was changed"
+        why = "the output folder is not empty; nothing was changed"
         raise InputError(f"will not overwrite  {target}", why, "choose another folder, or pass --overwrite")
+
+
+def _write_folder(content: "_Content", target: Path, formats: list[str], overwrite: bool) -> list[Path]:
+    check_output_folder(target, overwrite)
     content.check(formats)
     target.mkdir(parents=True, exist_ok=True)
     return [path for name in formats for path in WRITERS[name](content, target / FILES[name])]
