@@ -51,6 +51,8 @@ class Pipeline:
     def __init__(self, model: G2VLMForConditionalGeneration, name: str):
         self.model = model.eval()
         self.name = name
+        if not model.config.tokens.recon_prompt:
+            log.warning("%s knows no reconstruction prompt (converted without a tokenizer): bos alone is used", name)
 
     def reconstruct(
         self,
