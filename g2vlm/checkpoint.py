@@ -80,6 +80,13 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> G2VLMForConditionalGenerat
         return G2VLMForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     config, tensors = g2vlm_release.open_release(folder)
     state = {name: tensors.load(name) for name in tensors.specs}
+    return _fill(config, state, dtype, str(folder))
+
+
+def _fill(
+    config: G2VLMConfig, state: dict[str, torch.Tensor], dtype: torch.dtype, name: str
+) -> G2VLMForConditionalGeneration:
+    config.name_or_path = name
     return G2VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
@@ -88,9 +95,8 @@ def _random_model(preset: str, dtype: torch.dtype, seed: int) -> G2VLMForConditi
     config = PRESETS[preset]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = G2VLMForConditionalGeneration(config)
-    state = model.state_dict()
-    return G2VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        state = G2VLMForConditionalGeneration(config).state_dict()
+    return _fill(config, state, dtype, preset)
 
 
 def _precision(dtype: torch.dtype | str | None) -> torch.dtype:

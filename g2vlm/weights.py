@@ -6,7 +6,8 @@ Only safetensors is ever opened: a header of JSON and raw numbers, nothing that 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -317,3 +318,10 @@ def storage_dtype(specs: Specs) -> torch.dtype:
     for spec in specs.values():
         totals[spec.dtype] = totals.get(spec.dtype, 0) + math.prod(spec.shape)
     return max(totals, key=lambda dtype: totals[dtype], default=torch.float32)
+
+
+def common_size(specs: Specs, places: Sequence[str]) -> int | None:
+    """The commonest size at places written `name:axis`: one damaged tensor does not decide; None when none is there."""
+    split = [(name, int(axis)) for name, axis in (place.split(":") for place in places)]
+    sizes = [specs[name].shape[axis] for name, axis in split if name in specs and len(specs[name].shape) > axis]
+    return Counter(sizes).most_common(1)[0][0] if sizes else None

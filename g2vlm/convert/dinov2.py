@@ -17,7 +17,7 @@ from g2vlm.convert.keymap import KeyMap, Rule, Translated, rule
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.errors import CheckpointError
 from g2vlm.model.loading import possible_config
-from g2vlm.weights import TensorSource, TensorSpec, WeightFiles, compare, read_json
+from g2vlm.weights import TensorSource, TensorSpec, WeightFiles, common_size, compare, read_json
 
 OURS = "geometry_encoder."
 HEAD_DIM = 64
@@ -93,15 +93,15 @@ def encoder_specs(config: GeometryEncoderConfig) -> dict[str, TensorSpec]:
 def _timm_config(files: WeightFiles, settings: Section) -> GeometryEncoderConfig:
     """Sizes from the tensors; the number of heads from timm's `model_args`, else from the heads' usual width."""
     specs = files.specs
-    width = _shape(specs, "cls_token")[2]
     rows, patch = _shape(specs, "pos_embed")[1], _shape(specs, "patch_embed.proj.weight", 4)[-1]
+    width = common_size(specs, ["cls_token:2", "pos_embed:2", "norm.weight:0"]) or 0
     depth = len({name.split(".")[1] for name in specs if name.startswith("blocks.")})
-    hidden = _shape(specs, "blocks.0.mlp.fc1.weight", 2)[0]
+    hidden = common_size(specs, [f"blocks.{k}.mlp.fc1.weight:0" for k in range(depth)]) or 0
     return GeometryEncoderConfig(
         hidden_size=width,
         num_layers=depth,
         num_heads=settings.section("model_args").read("num_heads", int, max(width // HEAD_DIM, 1)),
-        mlp_ratio=hidden / width,
+        mlp_ratio=hidden / max(width, 1),
         patch_size=patch,
         image_size=math.isqrt(rows) * patch,
         num_registers=_shape(specs, "reg_token")[1] if "reg_token" in specs else 0,

@@ -26,7 +26,7 @@ from g2vlm.convert.tokens import read_tokens
 from g2vlm.errors import CheckpointError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.model.loading import possible_config
-from g2vlm.weights import Specs, TensorSource, WeightFiles, compare, read_json
+from g2vlm.weights import Specs, TensorSource, WeightFiles, common_size, compare, read_json
 
 CONFIG_FILES = ("text_config.json", "vit_config.json", "dino_config.json")
 
@@ -101,25 +101,18 @@ def _heads(specs: Specs, width: int) -> HeadsConfig:
     """Sizes of the geometry heads by majority of the tensors that show them, so that a damaged one is named later."""
     released = HeadsConfig()
     decoders = [f"{name}_decoder." for name in ("point", "camera", "global_points")]
-    hidden = _majority(specs, [f"{d}blocks.{k}.mlp.fc1.weight:0" for d in decoders for k in range(released.depth)])
+    hidden = common_size(specs, [f"{d}blocks.{k}.mlp.fc1.weight:0" for d in decoders for k in range(released.depth)])
     points = ["point_decoder.linear_out.weight:0", "point_decoder.linear_out.bias:0", "point_head.proj.weight:1",
               "global_points_decoder.linear_out.weight:0", "global_points_decoder.linear_out.bias:0"]  # fmt: skip
     camera = ["camera_decoder.linear_out.weight:0", "camera_decoder.linear_out.bias:0", "camera_head.fc_t.weight:1"]
     return HeadsConfig(
         depth=_depth(specs, decoders) or released.depth,
         mlp_ratio=hidden / width if hidden else released.mlp_ratio,
-        point_dim=_majority(specs, points) or released.point_dim,
-        camera_dim=_majority(specs, camera) or released.camera_dim,
+        point_dim=common_size(specs, points) or released.point_dim,
+        camera_dim=common_size(specs, camera) or released.camera_dim,
         global_points=any(name.startswith("global_point") for name in specs),
         confidence=any(name.startswith("conf_") for name in specs),
     )
-
-
-def _majority(specs: Specs, places: Sequence[str]) -> int | None:
-    """The commonest size at places written `name:axis`."""
-    split = [(name, int(axis)) for name, axis in (place.split(":") for place in places)]
-    sizes = [specs[name].shape[axis] for name, axis in split if name in specs and len(specs[name].shape) > axis]
-    return Counter(sizes).most_common(1)[0][0] if sizes else None
 
 
 def _depth(specs: Specs, decoders: Sequence[str]) -> int | None:

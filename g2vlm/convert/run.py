@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+import g2vlm.convert.g2vlm_release as release
+import g2vlm.convert.verify as verify
 from g2vlm.config import G2VLMConfig
-from g2vlm.convert import g2vlm_release, verify
 from g2vlm.convert.initial import open_initial
 from g2vlm.convert.keymap import Translated
 from g2vlm.convert.qwen2_vl import is_qwen2_vl
@@ -149,7 +150,7 @@ def convert(
 def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: Any, seed: int) -> Conversion:
     if not source.is_dir():
         raise InputError(f"no folder {source}", "there is nothing to convert", "give a checkpoint folder")
-    known = is_own_layout(source) or g2vlm_release.is_release(source)
+    known = is_own_layout(source) or release.is_release(source)
     if not known and is_qwen2_vl(source):
         if geometry_encoder is None:
             raise InputError(
@@ -162,7 +163,7 @@ def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: Any
         )
     if is_own_layout(source):
         return _to_release(source)
-    if g2vlm_release.is_release(source):
+    if release.is_release(source):
         return _from_release(source)
     raise CheckpointError(
         f"no known checkpoint in {source}",
@@ -177,8 +178,8 @@ def _own_files(config: G2VLMConfig) -> dict[str, dict[str, Any]]:
 
 
 def _from_release(source: Path) -> Conversion:
-    config, ours = g2vlm_release.open_release(source)
-    keymap = g2vlm_release.KEYMAP
+    config, ours = release.open_release(source)
+    keymap = release.KEYMAP
     return Conversion(
         direction="released layout -> ours",
         config=config,
@@ -194,11 +195,11 @@ def _from_release(source: Path) -> Conversion:
 
 def _to_release(source: Path) -> Conversion:
     config, ours = _reopen_own(source)
-    keymap = g2vlm_release.KEYMAP
-    files: dict[str, dict[str, Any]] = g2vlm_release.write_config(config)
+    keymap = release.KEYMAP
+    files: dict[str, dict[str, Any]] = release.write_config(config)
     if not any((source / name).is_file() for name in TOKENIZERS):
         files[SPECIAL_IDS] = write_tokens(config.tokens)
-    lost = g2vlm_release.lost_settings(config)
+    lost = release.lost_settings(config)
     return Conversion(
         direction="our layout -> the released one",
         config=config,
@@ -207,7 +208,7 @@ def _to_release(source: Path) -> Conversion:
         files=files,
         max_shard_bytes=None,  # the released code reads a single file
         originals=[("tensors", ours, lambda w: Translated(w, keymap.to_ours(w.specs)))],
-        reopen=g2vlm_release.open_release,
+        reopen=release.open_release,
         notes=[f"the released layout does not store {setting}: outputs will differ" for setting in lost],
     )
 
@@ -273,7 +274,7 @@ def _check(plan: Conversion, destination: Path) -> list[str]:
 
 def _check_outputs(plan: Conversion, destination: Path) -> str:
     config, reopened = plan.reopen(destination)
-    if g2vlm_release.lost_settings(plan.config) != g2vlm_release.lost_settings(config):
+    if release.lost_settings(plan.config) != release.lost_settings(config):
         return "outputs not compared: the destination cannot store every setting"
     if not verify.is_small(reopened):
         return "outputs not compared: the model is too large for a quick run"
