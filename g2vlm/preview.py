@@ -216,7 +216,8 @@ def overview_picture(scene: "Scene", angles: tuple[float, float], size: tuple[in
     near = np.linalg.norm(poses[:, :3, 3] - np.median(points.xyz, axis=0), axis=1) < 3 * extent
     view = splat.overview(points.xyz[::20], poses[near, :3, 3], axes, angles, (2 * size[0], 2 * size[1]))
     visible = seen_from(view.centre, points.xyz, normals)
-    cameras = camera_points(scene, 0.09 * extent, extent / 400)
+    pixel = np.linalg.norm(view.centre - np.median(points.xyz, axis=0)) / view.focal  # its width in the scene's middle
+    cameras = camera_points(scene, 50 * pixel, 2.2 * pixel)
     rendered = splat.render(points[visible], cameras, view)
     return Image.fromarray(rendered).resize((size[1], size[0]), Image.Resampling.BOX)
 

@@ -412,6 +412,9 @@ def test_geometry_size(size, expected):
 
 def test_geometry_pixels_stretch_everything_to_the_first(caplog):
     pictures = [source(30, 40), source(40, 30, 1), source(60, 80, 2)]
+    assert geometry_pixels(pictures[::-1], width=56).shape == (3, 3, 42, 56)
+    assert geometry_pixels(pictures[1:], width=56).shape == (2, 3, 70, 56)
+    caplog.clear()
     pixels = geometry_pixels(pictures, width=56)
     assert (pixels.shape, pixels.dtype) == ((3, 3, 42, 56), np.float32)
     assert 0 <= pixels.min() < pixels.max() <= 1

@@ -157,6 +157,12 @@ def test_the_nearest_point_wins_whatever_the_order():
         assert (depth[5, 10], depth[5, 11], depth[0, 0]) == (2, 4, np.inf)
 
 
+def test_of_equal_discs_the_nearest_wins_whatever_the_order():
+    discs = [((0, 0, z), (z, 0, 0), 0.0) for z in (3, 2, 5, 4)]
+    for order in (discs, discs[::-1]):
+        assert splat.splat(dots(*order), VIEW)[0][5, 10].tolist() == [2, 0, 0]
+
+
 def test_points_land_where_the_camera_sees_them():
     rgb, _ = splat.splat(dots(((0.4, -0.2, 2), (9, 9, 9), 0.0)), VIEW)
     assert np.argwhere((rgb == 9).all(-1)).tolist() == [[4, 12]]
