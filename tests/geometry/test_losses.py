@@ -19,6 +19,7 @@ from geometry import (
 from geometry.losses import (
     camera_losses,
     confidence_loss,
+    counted_samples,
     depth_weights,
     masked_mean,
     normal_head_loss,
@@ -27,7 +28,6 @@ from geometry.losses import (
     normalize_prediction,
     normalize_targets,
     optimal_scale,
-    sample_counts,
     weighted_point_error,
 )
 from tests.geometry.scenes import (
@@ -122,10 +122,14 @@ def test_normalized_prediction_has_no_scale(batch: tuple[int, ...]) -> None:
 
 
 def test_depth_weights_by_hand() -> None:
-    depth = torch.tensor([[[1.0, 3.0], [0.1, -9.0]]], dtype=F64)
-    valid = torch.tensor([[[True, True], [True, False]]])
-    mean = 4.1 / 3
-    expected = [[[1 / (1 + 1e-6), 1 / (3 + 1e-6)], [1 / (0.1 * mean + 1e-6), 0]]]
+    depth = torch.tensor([[[1.0, 3.0], [0.1, -9.0]], [[50.0, 50.0], [50.0, 2.0]]], dtype=F64)  # two views
+    valid = torch.tensor([[[True, True], [True, False]], [[True, True], [True, True]]])
+    floors = 0.1 * 4.1 / 3, 0.1 * 152 / 4
+    far = 1 / (50 + 1e-6)
+    expected = [
+        [[1 / (1 + 1e-6), 1 / (3 + 1e-6)], [1 / (floors[0] + 1e-6), 0]],
+        [[far, far], [far, 1 / (floors[1] + 1e-6)]],
+    ]
     torch.testing.assert_close(depth_weights(depth, valid, 0.1), torch.tensor(expected, dtype=F64))
     assert (depth_weights(depth, torch.zeros_like(valid), 0.1) == 0).all()
 
@@ -360,7 +364,7 @@ def test_counts() -> None:
     counts = geometry_losses(noisy_prediction(targets), targets, EVERYTHING).counts
     expected = {"samples": 3, "pixels": int(targets.valid.sum()), "normal_blocks": 2 * 3 * 20, "camera_pairs": 3 * 6}
     assert {name: int(count) for name, count in counts.items()} == expected
-    assert sample_counts(targets.valid).tolist() == [True, False, True, True]
+    assert counted_samples(targets.valid).tolist() == [True, False, True, True]
 
 
 def test_perfect_prediction_costs_nothing() -> None:
