@@ -5,7 +5,8 @@ with the host, or indexes by a mask: excluded entries are replaced before any ar
 the ground truth holds at invalid pixels reaches neither values nor gradients.
 
 A sample without a valid pixel has weight zero in every term: point terms average over valid pixels, and the normal and
-camera terms over the blocks and pairs of the samples that count. With every sample valid these are the released means.
+camera terms over the blocks and pairs of the samples that count (its sky still teaches the confidence). With a valid
+pixel in every sample these are the released means.
 
 Shape legend: ... any batch (usually B samples), S views, H W pixels.
 """
