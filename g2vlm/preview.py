@@ -196,18 +196,18 @@ def overviews(scene: "Scene") -> Image.Image:
     width = (WIDTH - 2 * MARGIN - GAP) // 2
     size = (round(width * 0.68), width)
     panel = Image.new("RGB", (WIDTH - 2 * MARGIN, size[0]), PAGE)
+    points, normals = scene_points(scene)
     for i, (angles, name) in enumerate((((-28, 32), "from behind and above"), ((8, 68), "from above"))):
-        picture = overview_picture(scene, angles, size)
+        picture = overview_picture(scene, points, normals, angles, size) if len(normals) else no_points(size)
         caption(picture, name)
         panel.paste(picture, (i * (width + GAP), 0))
     return panel
 
 
-def overview_picture(scene: "Scene", angles: tuple[float, float], size: tuple[int, int]) -> Image.Image:
-    """One rendered picture; drawn at twice the size and reduced, which smooths the splats."""
-    points, normals = scene_points(scene)
-    if not len(points.xyz):
-        return no_points(size)
+def overview_picture(
+    scene: "Scene", points: splat.Points, normals: np.ndarray, angles: tuple[float, float], size: tuple[int, int]
+) -> Image.Image:
+    """One rendered picture (h, w) from `angles` (right, up); drawn at twice the size and reduced, which smooths it."""
     poses = scene.cam_to_world.astype(np.float64)
     keep, extent = inliers(points.xyz)
     points, normals = points[keep], normals[keep]
@@ -216,7 +216,8 @@ def overview_picture(scene: "Scene", angles: tuple[float, float], size: tuple[in
     near = np.linalg.norm(poses[:, :3, 3] - np.median(points.xyz, axis=0), axis=1) < 3 * extent
     view = splat.overview(points.xyz[::20], poses[near, :3, 3], axes, angles, (2 * size[0], 2 * size[1]))
     visible = seen_from(view.centre, points.xyz, normals)
-    pixel = np.linalg.norm(view.centre - np.median(points.xyz, axis=0)) / view.focal  # its width in the scene's middle
+    distance = float(np.linalg.norm(view.centre - np.median(points.xyz, axis=0)))
+    pixel = distance / view.focal  # its width in the middle of the scene
     cameras = camera_points(scene, 50 * pixel, 2.2 * pixel)
     rendered = splat.render(points[visible], cameras, view)
     return Image.fromarray(rendered).resize((size[1], size[0]), Image.Resampling.BOX)
@@ -244,7 +245,7 @@ def no_points(size: tuple[int, int]) -> Image.Image:
 
 
 def scene_points(scene: "Scene") -> tuple[splat.Points, np.ndarray]:
-    """At most `MAX_POINTS` valid points, evenly over the pixels, and their normals (N, 3) in the world, to the camera.
+    """About `MAX_POINTS` valid points at most, evenly over the pixels, and world normals (N, 3) to their cameras.
 
     A point covers what its pixel spans on the surface: more when far, seen at a grazing angle, or thinned out.
     """

@@ -13,8 +13,8 @@ DARK = np.array(splat.BACKGROUND)
 
 
 def lower_part(scene: Scene) -> np.ndarray:
-    """The rendered pictures: what lies below the grid and the legend."""
-    return np.asarray(preview(scene))[-560:-30, 24:-24]
+    """The rendered pictures, without their captions."""
+    return np.asarray(page.overviews(scene))[32:]
 
 
 def random_scene() -> Scene:
@@ -46,7 +46,7 @@ def huge() -> Scene:
 SCENES = {
     "one view": lambda: box_room(1, (28, 42)),
     "two views": lambda: box_room(2, (28, 42)),
-    "24 views": lambda: box_room(24, (28, 42)),
+    "24 views": lambda: box_room(24, (14, 28)),
     "portrait": lambda: box_room(3, (56, 14)),
     "panorama": lambda: box_room(9, (14, 140)),
     "smallest": lambda: box_room(1, (14, 14)),
@@ -71,7 +71,7 @@ def test_every_scene_has_a_picture(name):
 
 @pytest.mark.parametrize("num_views", [1, 4, 24])
 def test_points_fill_the_rendered_pictures_and_cameras_are_in_them(num_views):
-    scene = box_room(num_views, (84, 112))
+    scene = box_room(num_views, (56, 70))
     rendered = lower_part(scene)
     for half in np.array_split(rendered, 2, axis=1):
         assert (half != DARK).any(-1).mean() > 0.12
@@ -209,11 +209,26 @@ def test_a_floor_refines_up():
     np.testing.assert_allclose(splat.upwards(pose, floor), (0, -1, 0), atol=1e-9)
 
 
+def test_frusta_point_where_the_cameras_look():
+    """In its own camera, a frustum of size 2 is the image border at depth 2, and lines from it to the centre."""
+    scene = box_room(3, (28, 42))
+    frusta = page.camera_points(scene, 2.0, 0.1).xyz.reshape(3, -1, 3)
+    K = scene.intrinsics_at((28, 42))
+    for xyz, pose, intrinsics in zip(frusta, scene.world_to_cam, K, strict=True):
+        local = xyz @ pose[:3, :3].T + pose[:3, 3]
+        assert np.abs(local).max(1).min() < 1e-5
+        corners = local[local[:, 2] > 1.999]
+        uv = (corners @ intrinsics.T)[:, :2] / corners[:, 2:]
+        np.testing.assert_allclose(uv.max(0), (41.5, 27.5), atol=1e-3)
+        np.testing.assert_allclose(uv[:, 0].min(), -0.5, atol=1e-3)
+        assert uv[:, 1].min() < -5  # the roof marks the upper side
+
+
 def test_a_viewpoint_is_behind_above_and_sees_the_points():
     rng = np.random.default_rng(0)
     points = rng.uniform((-1, -1, 4), (1, 1, 6), (500, 3))
     poses = np.tile(np.eye(4), (3, 1, 1))
-    poses[:, 0, 3] = -1, 0, 1
+    poses[:, 0, 3] = -4, 0, 4
     up = np.array([0.0, -1.0, 0.0])
     view = splat.overview(points, poses[:, :3, 3], (up, splat.heading(poses, up)), (0, 30), (100, 150))
     assert view.centre[2] < 5
