@@ -13,7 +13,13 @@ import sys
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from g2vlm.config import G2VLMConfig
+    from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+    from g2vlm.pipeline import Pipeline, load
+    from g2vlm.scene import Scene
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image
 
+from g2vlm.config import CLIP_MEAN, CLIP_STD
 from g2vlm.errors import InputError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ UPRIGHT = {
 }  # EXIF orientation -> what undoes it
 PATCH = 14
 MAX_GEOMETRY_HEIGHT = 4 * 518  # 148 patches; taller inputs are a mistake far more often than a wish
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 VIT_MERGE, VIT_FRAMES = 2, 2
 VIT_MIN_PIXELS, VIT_MAX_PIXELS = 56 * 56, 28 * 28 * 1280
 VIT_MAX_ASPECT = 200
@@ -345,12 +344,6 @@ def geometry_pixels(images: Sequence[SourceImage], width: int = 518) -> np.ndarr
     pixels = np.stack(resized).astype(np.float32) / np.float32(255)  # (N, H, W, 3)
     pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     return pixels if width % PATCH == 0 else _reduce_width(pixels, width // PATCH * PATCH)
-
-
-def normalise(pixels: np.ndarray) -> np.ndarray:
-    """ImageNet normalisation of (..., 3, H, W) pixels in [0, 1], as float32."""
-    mean, std = (np.array(values, dtype=np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels.astype(np.float32) - mean) / std
 
 
 def _warn_about_stretching(images: Sequence[SourceImage]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerScale as TimmLayerScale
+from timm.layers import LayerScale as TimmLayerScale  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -39,6 +39,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
     """
 
     config_class = G2VLMConfig
+    config: G2VLMConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     base_model_prefix = ""
     main_input_name = "sequence"
     _no_split_modules = ["MoTLayer", "Block", "Qwen2VLVisionBlock", "FrameBlock", "ContextBlock"]  # noqa: RUF012

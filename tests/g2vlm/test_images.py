@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 import struct
-import subprocess
-import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -17,7 +15,7 @@ from PIL import Image
 
 from g2vlm import images
 from g2vlm.errors import InputError
-from g2vlm.images import SourceImage, from_memory, geometry_pixels, list_images, normalise, read_image, read_images
+from g2vlm.images import SourceImage, from_memory, geometry_pixels, list_images, read_image, read_images
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
@@ -440,18 +438,6 @@ def test_geometry_pixels_refuse_what_makes_no_sense():
             geometry_pixels(wrong)
     with pytest.raises(InputError, match="width 13"):
         geometry_pixels([source(4, 4)], width=13)
-
-
-def test_normalise():
-    one_std_above = np.array(images.IMAGENET_MEAN) + np.array(images.IMAGENET_STD)
-    result = normalise(np.tile(one_std_above[:, None, None], (2, 1, 4, 5)))
-    assert result.dtype == np.float32
-    np.testing.assert_allclose(result, 1, rtol=1e-6)
-
-
-def test_importing_images_does_not_import_torch():
-    code = "import sys, g2vlm.images; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------- semantic encoder
