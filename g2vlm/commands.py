@@ -18,7 +18,7 @@ from g2vlm.config import G2VLMConfig
 from g2vlm.convert import convert as convert_checkpoint
 from g2vlm.errors import CheckFailed
 from g2vlm.images import geometry_size
-from g2vlm.model.attention import available_backends
+from g2vlm.model.attention import backend_names
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.pipeline import Pipeline, load, read_sources
 from g2vlm.processing import recon_sequence
@@ -53,7 +53,7 @@ def _plan(num_views: int, size: tuple[int, int], args: Namespace) -> str:
     sequence = recon_sequence([torch.empty(num_views, 3, *size, device="meta")], config)
     return "\n".join(
         [
-            f"views    {num_views}, brought to {size[1]}x{size[0]}, {size[0] // patch} x {size[1] // patch} patches each",
+            f"views    {num_views}, brought to {size[1]}x{size[0]}, {size[0] // patch} x {size[1] // patch} patches",
             f"tokens   {sequence.num_tokens} ({sequence.num_geometry} geometry)",
             f"output   {args.output}: {', '.join(args.formats)}",
         ]
@@ -132,7 +132,7 @@ def doctor(args: Namespace) -> None:
     facts |= {name: importlib.metadata.version(name) for name in packages}
     facts["cpu"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     facts["devices"] = ", ".join(_devices()) or "no GPU"
-    facts["attention"] = ", ".join(available_backends())
+    facts["attention"] = ", ".join(backend_names())
     for package, extra in OPTIONAL.items():
         present = importlib.util.find_spec(package.replace("-", "_")) is not None
         facts[package] = "present" if present else f"absent (optional: pip install 'g2vlm[{extra}]')"

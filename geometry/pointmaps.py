@@ -15,7 +15,7 @@ def world_points_from_local(local_points: Tensor, cam_to_world: Tensor) -> Tenso
     return apply_rigid(cam_to_world, local_points)
 
 
-def normals_from_points(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def normals_from_points(points: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Unit surface normals of a point map, towards the camera when the points are in the camera frame.
 
     At each pixel the edges to its up, left, down and right neighbours span four corners (up x left, left x down,
@@ -24,11 +24,13 @@ def normals_from_points(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         points: (..., H, W, 3). Whatever stands at invalid pixels is ignored.
-        valid: (..., H, W) bool.
+        valid: (..., H, W) bool; None means all.
 
     Returns:
         normals (..., H, W, 3), zero where undefined, and their validity (..., H, W).
     """
+    if valid is None:
+        valid = torch.ones_like(points[..., 0], dtype=torch.bool)
     points = torch.where(valid[..., None], points, 0)
     padded = F.pad(points, (0, 0, 1, 1, 1, 1))  # (..., H+2, W+2, 3)
     padded_valid = F.pad(valid, (1, 1, 1, 1))

@@ -3,6 +3,7 @@
 Shape legend: ... any batch, S views, H W pixels, N points.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -44,6 +45,12 @@ class TensorFields:
         if isinstance(target, torch.dtype):
             tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         return replace(self, **{name: tensor.to(target) for name, tensor in tensors.items()})
+
+    @classmethod
+    def stack(cls, items: Sequence[Self]) -> Self:
+        """One object with a new leading axis, from objects of equal shapes; other fields are the first one's."""
+        names = [f.name for f in fields(items[0]) if isinstance(getattr(items[0], f.name), Tensor)]
+        return replace(items[0], **{name: torch.stack([getattr(item, name) for item in items]) for name in names})
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from g2vlm.convert.g2vlm_release import RELEASE_MAP
 from g2vlm.model.outputs import G2VLMOutput
 from g2vlm.processing import sequence_builder, view_grid
 from g2vlm.sequence import GeometryViews, PackedSequence, SemanticImage, Text
+from geometry import GeometryPrediction
 from geometry.losses import GeometryLosses, GeometryLossWeights, GeometryTargets, geometry_losses
 from tests.parity import golden
 from tests.parity.test_g2vlm import PATCH, assert_close, in_sequence
@@ -76,10 +77,9 @@ def run(folder: Path) -> SimpleNamespace:
     )
 
 
-def batched(output: G2VLMOutput):
-    """The single scene's prediction with a batch axis."""
-    (prediction,) = output.geometry
-    return prediction.unsqueeze(0)
+def batched(output: G2VLMOutput) -> GeometryPrediction:
+    """The scenes' predictions with a batch axis."""
+    return GeometryPrediction.stack(output.geometry)
 
 
 @pytest.fixture(scope="module")

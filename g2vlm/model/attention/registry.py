@@ -69,6 +69,11 @@ def register(name: str, attend_fn: AttendFn, refuse: RefuseFn = _never) -> None:
     _BACKENDS[name] = _Backend(attend_fn, refuse)
 
 
+def backend_names() -> list[str]:
+    """Every registered backend; one may still refuse a request."""
+    return sorted(_BACKENDS)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: AttnPlan, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
