@@ -166,7 +166,7 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     side = 8192 if cuda else 256 if quick else 1024
     dtype = torch.bfloat16 if cuda else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**30 if cuda else 2**20 if quick else 2**24, device=device)
+    source = torch.randn(2**28 if cuda else 2**20 if quick else 2**24, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"gemm": lambda: a @ b, "copy": lambda: target.copy_(source)}
     timings = time_variants(runs, device, Repeats())

@@ -23,7 +23,8 @@ def predict(config: G2VLMConfig, views: Tensor, dtype: torch.dtype) -> GeometryP
     """The prediction of a model with the same random weights in every call, cast to `dtype`."""
     torch.manual_seed(0)
     model = cast_weights(random_model(config, views.device, torch.float32), dtype)
-    (prediction,) = model(**recon_inputs(views, config, views.device)).geometry
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        (prediction,) = model(**recon_inputs(views, config, views.device)).geometry
     return prediction
 
 

@@ -82,9 +82,8 @@ class Sweep:
     def predicted_seconds(self, work: Workload) -> float:
         """Of the case with warm-up and repeats, at the last case's rate, at first a tenth of the ceiling."""
         one = total_flops(self.config, work).total / (self.rate or self.ceilings.gemm_flops / 10)
-        if one > LONG_PASS:
-            return one * (2 + FEW.least)
-        return one * (2 + self.repeats.warmup + self.repeats.least) + self.repeats.seconds
+        repeats = FEW if one > LONG_PASS else self.repeats
+        return one * (2 + repeats.warmup + repeats.least) + repeats.seconds
 
     def lack_of_memory(self, work: Workload) -> str | None:
         """Why a case is predicted not to fit; None if it fits."""

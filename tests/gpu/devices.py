@@ -2,5 +2,4 @@
 
 import pytest
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

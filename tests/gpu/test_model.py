@@ -14,7 +14,7 @@ from g2vlm.config import PRESETS
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processing import recon_inputs, sequence_builder
 from g2vlm.sequence import GeometryViews, SemanticImage, Text
-from tests.gpu.devices import CUDA, DEVICES
+from tests.gpu.devices import DEVICES
 
 CPU = torch.device("cpu")
 # Relative, over all elements. float32: another order of sums. bfloat16: 8 bits through every layer; about twice what
@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _no_tf32() -> Iterator[None]:
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
@@ -94,8 +94,8 @@ def no_host_synchronisation(device: str) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@DEVICES
 @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())])
-@pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_the_guard_sees_a_host_read(device: str, read) -> None:
     x = torch.arange(4.0, device=device)
     with pytest.raises(RuntimeError), no_host_synchronisation(device):
