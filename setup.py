@@ -1,8 +1,12 @@
 """All metadata of the distribution; tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "g2vlm/__init__.py").read_text(encoding="utf-8")).group(1)
 
 DEPENDENCIES = [
     "torch>=2.11",
@@ -33,9 +37,9 @@ EXTRAS = {
 
 setup(
     name="g2vlm",
-    version="0.1.0",
+    version=VERSION,
     description="Geometry-grounded vision-language models: reconstruct, ask, train, supervise, evaluate",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],

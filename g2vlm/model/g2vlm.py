@@ -5,21 +5,24 @@ semantic image tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import LayerScale as TimmLayerScale
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from g2vlm import compat
+from g2vlm.compat import build_vision_tower, run_vision_tower
 from g2vlm.config import G2VLMConfig
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.encoders.shared_tower import SharedTower
+from g2vlm.model import loading
 from g2vlm.model.decoder import MoTDecoder
 from g2vlm.model.heads import GeometryHeads
 from g2vlm.model.layers import DefaultLinear, GeometryProjection, LayerScale, RMSNorm
 from g2vlm.model.outputs import G2VLMOutput
 from g2vlm.sequence import PackedSequence
+from g2vlm.weights import TensorSpec
 from geometry import GeometryPrediction
 
 
@@ -45,7 +48,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         dim = config.decoder.hidden_size
         self.embed_tokens = nn.Embedding(config.decoder.vocab_size, dim)
-        self.semantic_encoder = compat.build_vision_tower(config.semantic_encoder, dim)
+        self.semantic_encoder = build_vision_tower(config.semantic_encoder, dim)
         self.geometry_encoder = self._build_geometry_encoder(config)
         zero_init = config.geometry_encoder.projection_init == "zero"
         self.geometry_projection = GeometryProjection(self.geometry_encoder.config.hidden_size, dim, zero_init)
@@ -53,6 +56,32 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         self.lm_head = nn.Linear(dim, config.decoder.vocab_size, bias=False)
         self.heads = GeometryHeads(config)
         self.post_init()
+
+    @classmethod
+    def tensor_specs(cls, config: G2VLMConfig) -> dict[str, TensorSpec]:
+        """The tensors that a checkpoint of this config holds, without allocating any."""
+        with torch.device("meta"):
+            state = cls(config).state_dict()
+        return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint in our layout: transformers' method, with its arguments, but strict.
+
+        The files of a local folder are checked before any weight is allocated.
+
+        Raises:
+            CheckpointError: damaged files, an unusable config, or tensors that do not fit it, every one listed.
+        """
+        source, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        loading.check_folder(cls, source, kwargs)
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(source, *args, **kwargs)
+        model, info = loaded
+        loading.check_report(info, source)
+        if isinstance(model.geometry_encoder, DinoV2):  # transformers makes every loaded tensor trainable
+            model.geometry_encoder.mask_token.requires_grad_(False)
+        return (model, info) if with_info else model
 
     def _build_geometry_encoder(self, config: G2VLMConfig) -> DinoV2 | SharedTower:
         if config.encoders == "single":
@@ -113,7 +142,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Patches (n, 1176) of images with grids (images, 3) -> merged image tokens (V, D)."""
-        return compat.run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
+        return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
 
     def embed_views(self, views: Sequence[Tensor]) -> Tensor:
         """Geometry tokens of all segments, view by view, row by row: (G, D)."""
@@ -166,3 +195,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
             nn.init.zeros_(module.mask_token)
             for table in (module.cls_token, module.register_tokens, module.position_embeddings):
                 nn.init.normal_(table, std=std)
+
+
+AutoConfig.register(G2VLMConfig.model_type, G2VLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(G2VLMConfig, G2VLMForConditionalGeneration, exist_ok=True)
