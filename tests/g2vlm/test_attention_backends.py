@@ -205,27 +205,3 @@ def test_shapes_are_checked(tiny: Tiny) -> None:
         attend(torch.cat([q, q[:, :1]], dim=1), k, v, plan)
     with pytest.raises(ValueError, match="plan is for 2 queries"):
         attend(q[:1], k, v, plan)
-
-
-# On a GPU.
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
-@named_plan
-def test_sdpa_equals_eager_on_cuda(plan: AttnPlan, dtype: torch.dtype, tolerance: float) -> None:
-    q, k, v = (x.detach().cuda().requires_grad_() for x in qkv(plan, (12, 2), 128, dtype))
-    outputs = [output_and_gradients((q, k, v), plan, name) for name in ("sdpa", "eager")]
-    for fast, slow in zip(*outputs, strict=True):
-        torch.testing.assert_close(fast, slow, rtol=5 * tolerance, atol=5 * tolerance)
-
-
-@pytest.mark.gpu
-def test_causal_block_after_a_long_prefix_makes_no_mask_on_cuda() -> None:
-    num_queries, num_keys = 4096, 32768
-    plan = AttnPlan((Block((0, num_queries), ((0, num_keys),), True),), num_queries, num_keys)
-    q, k, v = (x.detach().cuda() for x in qkv(plan, (12, 2), 128, torch.bfloat16))
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    attend(q, k, v, plan, backend="sdpa")
-    assert torch.cuda.max_memory_allocated() - before < num_queries * num_keys  # a bool mask alone
