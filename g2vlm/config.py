@@ -295,7 +295,7 @@ _CHOICES = {
 }
 _OWN_KEYS = [*_PARTS, *_CHOICES]
 _TRANSFORMERS_KEYS = [
-    *[f.name for f in fields(cast(Any, PreTrainedConfig))],
+    *cast(dict[str, Any], vars(PreTrainedConfig)["__dataclass_fields__"]),
     "model_type", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "attn_implementation",
     "output_attentions", "experts_implementation",
 ]  # fmt: skip
