@@ -139,18 +139,17 @@ def read_header(file: Path) -> dict[str, TensorSpec]:
     Raises:
         CheckpointError: the header is no safetensors header, or promises other data than the file holds.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(start := stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise _damaged(file, _what_it_is(start, size))
-        text = stream.read(length)
     try:
-        header = json.loads(text)
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            length = int.from_bytes(start := stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise _damaged(file, _what_it_is(start, size))
+            header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         entries = {name: _entry(value) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(file, f"its header is not readable ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(file, f"its header cannot be read ({type(error).__name__}: {error})") from None
     position = 0
     for begin, end, spec in sorted(entries.values(), key=lambda entry: entry[:2]):
         if begin != position or end - begin != spec.num_bytes:

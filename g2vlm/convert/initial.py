@@ -17,6 +17,8 @@ from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.model.loading import possible_config
 from g2vlm.weights import TensorSource, cast, storage_dtype
 
+GeometricInit = Literal["random", "copy_semantic"]
+
 
 @dataclass(frozen=True)
 class Initial:
@@ -28,9 +30,7 @@ class Initial:
     dinov2: TensorSource
 
 
-def open_initial(
-    qwen_folder: Path, dinov2: Path, geometric_init: Literal["random", "copy_semantic"] = "random", seed: int = 0
-) -> Initial:
+def open_initial(qwen_folder: Path, dinov2: Path, geometric_init: GeometricInit = "random", seed: int = 0) -> Initial:
     """Put an initial checkpoint together without reading any weight yet.
 
     The semantic expert keeps a stock decoder's ways (no qk-norm, causal over image tokens); the geometry encoder's

@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import g2vlm.convert.g2vlm_release as release
 import g2vlm.convert.verify as verify
 from g2vlm.config import G2VLMConfig
-from g2vlm.convert.initial import open_initial
+from g2vlm.convert.initial import GeometricInit, open_initial
 from g2vlm.convert.keymap import Translated
 from g2vlm.convert.qwen2_vl import is_qwen2_vl
 from g2vlm.convert.tokens import SPECIAL_IDS, write_tokens
@@ -97,7 +97,7 @@ def convert(
     overwrite: bool = False,
     geometry_encoder: str | Path | None = None,
     dinov2: str | Path | None = None,
-    geometric_init: Literal["random", "copy_semantic"] = "random",
+    geometric_init: GeometricInit = "random",
     seed: int = 0,
 ) -> ConversionResult:
     """Convert a checkpoint folder; what the source is decides the direction.
@@ -119,7 +119,7 @@ def convert(
     Raises:
         CheckpointError: the source is damaged, incomplete, or does not fit the other layout.
         InputError: the destination is taken, or an argument does not go with the source.
-        CheckFailed: the destination was written, and differs from the source.
+        CheckFailed: what was written differs from the source; it was removed again.
     """
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve():
@@ -127,9 +127,6 @@ def convert(
     plan = _plan(source, geometry_encoder, geometric_init, seed)
     specs = cast(plan.written.specs, dtype)
     num_bytes = sum(spec.num_bytes for spec in specs.values())
-    with staged_folder(destination, overwrite, num_bytes) as staging:
-        write_weights(staging, plan.written, dtype, plan.max_shard_bytes)
-        _write_companions(plan, source, staging, storage_dtype(specs))
     result = ConversionResult(
         direction=plan.direction,
         source=source,
@@ -138,16 +135,19 @@ def convert(
         num_parameters=sum(torch.Size(spec.shape).numel() for spec in specs.values()),
         num_bytes=num_bytes,
         dtype=" and ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()})),
-        notes=list(plan.notes),
+        notes=plan.notes,
     )
-    if check:
-        result.checks += _check(plan, destination)
+    with staged_folder(destination, overwrite, num_bytes) as staging:
+        write_weights(staging, plan.written, dtype, plan.max_shard_bytes)
+        _write_companions(plan, source, staging, storage_dtype(specs))
+        if check:
+            result.checks += _check(plan, staging)
     if dinov2 is not None:
         result.checks.append(verify.compare_dinov2(plan.ours, Path(dinov2)))
     return result
 
 
-def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: Any, seed: int) -> Conversion:
+def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: GeometricInit, seed: int) -> Conversion:
     if not source.is_dir():
         raise InputError(f"no folder {source}", "there is nothing to convert", "give a checkpoint folder")
     known = is_own_layout(source) or release.is_release(source)
@@ -213,7 +213,7 @@ def _to_release(source: Path) -> Conversion:
     )
 
 
-def _from_public(source: Path, dinov2: Path, geometric_init: Any, seed: int) -> Conversion:
+def _from_public(source: Path, dinov2: Path, geometric_init: GeometricInit, seed: int) -> Conversion:
     initial = open_initial(source, dinov2, geometric_init, seed)
     keymap = initial.qwen.keymap
     return Conversion(
@@ -251,36 +251,35 @@ def _write_companions(plan: Conversion, source: Path, staging: Path, dtype: torc
         (staging / name).write_text(text, encoding="utf-8")
 
 
-def _check(plan: Conversion, destination: Path) -> list[str]:
+def _check(plan: Conversion, folder: Path) -> list[str]:
     """Compare what lies on the disk with the source.
 
     Raises:
         CheckFailed: with every differing tensor.
     """
-    written = WeightFiles(destination)
+    written = WeightFiles(folder)
     checks = []
     for label, original, back in plan.originals:
-        differing = verify.differing_tensors(original, back(written))
-        if differing:
+        if differing := verify.differing_tensors(original, back(written)):
             raise CheckFailed(
-                f"{destination} does not convert back to {label} of the source",
+                f"the {label} do not convert back to the source's values",
                 f"{len(differing)} differ: {', '.join(differing)}",
-                "do not use it; please report this",
+                "nothing was written; please report this",
             )
         checks.append(f"{len(original.specs)} {label} convert back to equal values")
-    checks.append(_check_outputs(plan, destination))
-    return checks
+    return [*checks, _check_outputs(plan, folder)]
 
 
-def _check_outputs(plan: Conversion, destination: Path) -> str:
-    config, reopened = plan.reopen(destination)
+def _check_outputs(plan: Conversion, folder: Path) -> str:
+    config, reopened = plan.reopen(folder)
     if release.lost_settings(plan.config) != release.lost_settings(config):
         return "outputs not compared: the destination cannot store every setting"
     if not verify.is_small(reopened):
         return "outputs not compared: the model is too large for a quick run"
-    error = verify.output_difference((plan.config, plan.ours), (config, reopened))
-    if error != 0:
+    if error := verify.output_difference((plan.config, plan.ours), (config, reopened)):
         raise CheckFailed(
-            f"{destination} computes other outputs than the source", f"largest difference {error:.1e}", "report this"
+            "the converted model computes other outputs than the source",
+            f"largest difference {error:.1e}",
+            "nothing was written; please report this",
         )
     return "identical reconstruction of two random views"

@@ -55,6 +55,16 @@ def test_written_files_are_read_by_the_library(tmp_path: Path, max_shard_bytes: 
     assert WeightFiles(tmp_path).specs == Memory(TENSORS).specs
 
 
+def test_written_tensors_are_aligned(tmp_path: Path) -> None:
+    write_weights(tmp_path, Memory({"narrow": TENSORS["b"], **TENSORS}))
+    data = (tmp_path / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    for name, spec in WeightFiles(tmp_path).specs.items():
+        assert header[name]["data_offsets"][0] % spec.dtype.itemsize == 0
+
+
 def test_only_floating_tensors_are_cast(tmp_path: Path) -> None:
     write_weights(tmp_path, Memory(TENSORS), dtype=torch.bfloat16)
     specs = WeightFiles(tmp_path).specs

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from g2vlm.checkpoint import inspect, load_model, read_config, save_model
-from g2vlm.convert import convert
+from g2vlm.convert import convert, verify
 from g2vlm.convert.g2vlm_release import CONFIG_FILES
-from g2vlm.errors import CheckpointError, InputError
-from g2vlm.weights import WEIGHTS
+from g2vlm.errors import CheckFailed, CheckpointError, InputError
+from g2vlm.weights import WEIGHTS, WeightFiles
 from tests.parity import golden
 
 pytestmark = pytest.mark.parity
@@ -96,7 +96,7 @@ def test_both_layouts_load_to_the_same_model(release: Path, tmp_path: Path) -> N
 
 @for_each_release
 def test_widening_and_rounding(release: Path, tmp_path: Path) -> None:
-    convert(release, tmp_path / "wide", dtype=torch.float32, check=True)
+    convert(release, tmp_path / "wide", dtype=torch.float32)
     assert {spec.dtype for spec in inspect(tmp_path / "wide").values()} == {torch.float32}
     convert(tmp_path / "wide", tmp_path / "narrow", dtype=torch.bfloat16, check=True)
     assert {spec.dtype for spec in inspect(tmp_path / "narrow").values()} == {torch.bfloat16}
@@ -202,6 +202,33 @@ def test_destination_is_not_overwritten_unasked(release: Path, tmp_path: Path) -
     assert (tmp_path / "ours" / WEIGHTS).read_bytes() != before
     with pytest.raises(InputError, match="same folder"):
         convert(release, release, overwrite=True)
+
+
+@first_case
+@pytest.mark.parametrize(("function", "words"), [("_equal_bits", "point_head"), ("output_difference", "other outputs")])
+def test_failed_check_writes_nothing(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, words: str
+) -> None:
+    monkeypatch.setattr(verify, function, lambda *args: function == "output_difference" and 1e-3)
+    with pytest.raises(CheckFailed, match=words) as caught:
+        convert(release, tmp_path / "ours", check=True)
+    assert caught.value.code == 1
+    assert sorted(tmp_path.iterdir()) == [release]
+
+
+@first_case
+def test_check_compares_values(release: Path, tmp_path: Path) -> None:
+    """One changed value is found, by tensor and by output."""
+    convert(release, tmp_path / "ours")
+    name = "heads.point_head.proj.bias"
+    changed = load_file(tmp_path / "ours" / WEIGHTS)
+    changed[name][0] += 1
+    save_file(changed, tmp_path / "changed.safetensors")
+    first, second = WeightFiles(tmp_path / "ours"), WeightFiles(tmp_path / "changed.safetensors")
+    assert verify.differing_tensors(first, second) == [name]
+    assert verify.differing_tensors(first, first) == []
+    config = read_config(tmp_path / "ours")
+    assert verify.output_difference((config, first), (config, second)) > 0
 
 
 # Damage
