@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype in dtypes:
             case = {"plan": name, "queries": plan.num_queries, "blocks": len(plan.blocks), "dtype": str(dtype)}
             report.rows += [case | row for row in measure(plan, device, dtype, repeats)]
-    report.publish(args.output)
+    report.publish(args.output, args.note)
     failed = [row for row in report.rows if row.get("within") is False]
     wrong = [f"{row['backend']} on {row['plan']} in {row['dtype']}" for row in failed]
     if wrong:

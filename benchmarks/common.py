@@ -125,31 +125,14 @@ def time_once(run: Run, device: torch.device) -> float:
 
 
 def peak_memory(run: Run, device: torch.device) -> int | None:
-    """Bytes at the peak of one call above those held before it; None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    before = _reset_peak_of_process()
-    run()
-    return None if before is None else max(0, _process_bytes("VmHWM") - before)
-
-
-def _reset_peak_of_process() -> int | None:
-    """Linux: forget the process's peak; its present bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _process_bytes("VmRSS")
-    except OSError:
+    """Bytes at the peak of one call above those held before it; None on a CPU, whose allocator keeps no account."""
+    if device.type != "cuda":
         return None
-
-
-def _process_bytes(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, name
-    return int(found[1]) * 1024
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def available_bytes(device: torch.device) -> int:
@@ -207,11 +190,17 @@ class Report:
             "complete": self.complete,
         }
 
-    def publish(self, folder: Path | None) -> None:
-        """Print the table; with a folder, also write `<benchmark>-<device>.json` there."""
+    def publish(self, folder: Path | None, notes: Iterable[str] = ()) -> None:
+        """Print the table; with a folder, also write `<benchmark>-<device>.json` there.
+
+        Args:
+            folder: of the result file, made when it is missing; None for none.
+            notes: what a reader of this run should know besides the benchmark's own notes.
+        """
+        self.notes += notes
         print(markdown_table(self.rows) if self.rows else "not run")
-        for text in self.not_run:
-            print(f"not run: {text}")
+        for text in (*(f"not run: {case}" for case in self.not_run), *self.notes):
+            print(text)
         if folder:
             path = folder / result_name(self.benchmark, self.device)
             folder.mkdir(parents=True, exist_ok=True)
@@ -283,6 +272,7 @@ def argument_parser(name: str, description: str | None) -> argparse.ArgumentPars
     parser.add_argument(
         "--output", type=Path, nargs="?", const=RESULTS, help="write a result file into this folder (default: results/)"
     )
+    parser.add_argument("--note", action="append", default=[], help="a remark on this run, kept in the result")
     return parser
 
 

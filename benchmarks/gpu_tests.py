@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = Report("gpu_tests", parse_device(args), {"marker": "gpu"})
     report.rows.append({name: counts[name] for name in ("passed", *OUTCOMES)})
     report.complete = code == 0 and counts["passed"] > 0
-    report.publish(args.output)
+    report.publish(args.output, args.note)
     raise SystemExit(0 if report.complete else 1)
 
 

@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.ceilings = measure_ceilings(device, args.tiny)
     for size in sizes:
         report.rows += measure(size, device, dtype, repeats)
-    report.publish(args.output)
+    report.publish(args.output, args.note)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             half = PRESETS[preset](decoder=replace(config.decoder, residual_dtype=residual))
             errors = compare(predict(half, views, torch.bfloat16), expected)
             report.rows.append({"size": f"{side}x{side}", "views": num_views, "residual": residual, **errors})
-    report.publish(args.output)
+    report.publish(args.output, args.note)
 
 
 if __name__ == "__main__":

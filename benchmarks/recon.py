@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget-seconds", type=float, default=480)
     parser.add_argument("--name", default="recon", help="name of the result")
     args = parser.parse_args(arguments)
-    run(args).publish(args.output)
+    run(args).publish(args.output, args.note)
 
 
 if __name__ == "__main__":
