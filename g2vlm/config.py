@@ -295,11 +295,13 @@ _CHOICES = {
 }
 _OWN_KEYS = [*_PARTS, *_CHOICES]
 _TRANSFORMERS_KEYS = [
-    *cast(dict[str, Any], vars(PreTrainedConfig)["__dataclass_fields__"]),
+    *[f.name for f in fields(cast(Any, PreTrainedConfig))],
     "model_type", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "attn_implementation",
     "output_attentions", "experts_implementation",
 ]  # fmt: skip
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(part).items()}
+    """A part as JSON types: tuples become lists."""
+    values: dict[str, Any] = asdict(part)
+    return {key: [*cast(tuple[Any, ...], v)] if isinstance(v, tuple) else v for key, v in values.items()}
