@@ -26,12 +26,6 @@ def cast_weights(model: G2VLMForConditionalGeneration, dtype: torch.dtype) -> G2
     return model
 
 
-def config_of(model: G2VLMForConditionalGeneration) -> G2VLMConfig:
-    """The model's config in its own type, which transformers' annotations lose."""
-    assert isinstance(model.config, G2VLMConfig)
-    return model.config
-
-
 def random_views(num_views: int, height: int, width: int, device: torch.device) -> Tensor:
     """Views (S, 3, H, W) in [0, 1], the same in every run: smooth random fields."""
     generator = torch.Generator().manual_seed(num_views)

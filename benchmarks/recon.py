@@ -29,7 +29,7 @@ from benchmarks.common import (
     time_once,
     time_variants,
 )
-from benchmarks.models import config_of, prediction_tensors, random_model, random_views
+from benchmarks.models import prediction_tensors, random_model, random_views
 from benchmarks.work_model import (
     Ceilings,
     Workload,
@@ -72,7 +72,7 @@ class Sweep:
     @property
     def config(self) -> G2VLMConfig:
         """The model's."""
-        return config_of(self.model)
+        return self.model.config
 
     @property
     def value_bytes(self) -> int:
@@ -106,7 +106,7 @@ def reconstruct(
     model: G2VLMForConditionalGeneration, pixels: Tensor, backend: str | None = None
 ) -> tuple[GeometryPrediction, Tensor]:
     """Prediction and world points (S, H, W, 3) of one scene, pixels (S, 3, H, W) in [0, 1] on the model's device."""
-    output = model(**recon_inputs(pixels, config_of(model), pixels.device), backend=backend)
+    output = model(**recon_inputs(pixels, model.config, pixels.device), backend=backend)
     (prediction,) = output.geometry
     return prediction, prediction.world_points
 
