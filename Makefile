@@ -15,13 +15,14 @@ PY := .venv/bin/python
 ENVIRONMENT := .venv/.installed
 endif
 
-.PHONY: help check test test-slow smoke gpu dist
+.PHONY: help check test test-slow smoke gpu wheels dist
 help:
 	@echo "make test        the test suite (CPU, offline after installation)"
 	@echo "make check       lint, format and types"
 	@echo "make smoke       the commands of the README on tiny inputs"
 	@echo "make test-slow   the long tests"
-	@echo "make gpu         tests and benchmarks that need a CUDA device"
+	@echo "make gpu         tests and benchmarks that need a CUDA device, without installation (see benchmarks/README.md)"
+	@echo "make wheels      packages for make gpu on a machine without network"
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,8 +43,16 @@ test-slow: $(ENVIRONMENT)
 smoke: $(ENVIRONMENT)
 	PY="$(PY)" bash tests/smoke.sh
 
-gpu: $(ENVIRONMENT)
-	$(PY) -m benchmarks.gpu
+# Needs no environment and no network: $(PYTHON) with torch and transformers, and .whl/ for what else is missing there.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+GPU_WHEELS := jsonargparse roma timm trimesh
+WHEEL_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64
+wheels:
+	rm -rf .whl
+	$(PYTHON) -m pip download --quiet --dest .whl --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(addprefix --platform ,$(WHEEL_PLATFORMS)) -c constraints.txt $(GPU_WHEELS)
 
 dist: $(ENVIRONMENT)
 	$(PY) -m pip wheel --quiet --no-deps -w dist .

@@ -1,8 +1,12 @@
 """All metadata of the distribution; tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "g2vlm/__init__.py").read_text(encoding="utf-8")).group(1)
 
 DEPENDENCIES = [
     "torch>=2.11",
@@ -13,7 +17,7 @@ DEPENDENCIES = [
     "numpy>=2.0",
     "scipy>=1.14",
     "pillow>=11",
-    "roma>=1.5",
+    "roma>=1.7",
     "jsonargparse>=4.40",
     "pyyaml>=6",
     "trimesh>=4.6",
@@ -33,9 +37,9 @@ EXTRAS = {
 
 setup(
     name="g2vlm",
-    version="0.1.0",
+    version=VERSION,
     description="Geometry-grounded vision-language models: reconstruct, ask, train, supervise, evaluate",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],

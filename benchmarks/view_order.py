@@ -7,16 +7,22 @@ fraction of the output's largest value. Poses are compared relative to the first
 """
 
 import argparse
-from dataclasses import replace
 
 import torch
 
 from g2vlm.checkpoint import load_model
+from g2vlm.config import Windows
+from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processing import recon_inputs
 from geometry import GeometryPrediction, invert_rigid
 
-RULES = [("sequential", "official"), ("sequential", "per_image"), ("shared", "official"), ("shared", "per_image")]
+RULES: list[tuple[str, Windows]] = [
+    ("sequential", "official"),
+    ("sequential", "per_image"),
+    ("shared", "official"),
+    ("shared", "per_image"),
+]
 
 
 @torch.inference_mode()
@@ -49,6 +55,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(56, 70), metavar=("HEIGHT", "WIDTH"))
     args = parser.parse_args()
     model = load_model(args.model, dtype=torch.float32).eval()
+    assert isinstance(model.geometry_encoder, DinoV2)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(args.views, 3, *args.size, generator=generator)
     order = torch.randperm(args.views, generator=generator)
@@ -56,7 +63,7 @@ def main() -> None:
     print("| positions | DINOv2 windows | local points | relative poses |\n|---|---|---|---|")
     for positions, windows in RULES:
         model.config.view_positions = positions
-        model.geometry_encoder.config = replace(model.geometry_encoder.config, windows=windows)
+        model.geometry_encoder.windows = windows
         points, poses = deviation(model, images, order)
         print(f"| {positions} | {windows} | {points:.1e} | {poses:.1e} |")
 

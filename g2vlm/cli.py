@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from g2vlm.errors import G2VLMError
 
-FORMATS = ("ply", "glb", "depth", "cameras", "preview")
+FORMATS = ("scene", "ply", "glb", "depth", "cameras", "preview")
 
 
 def build_parser() -> ArgumentParser:
@@ -116,7 +116,3 @@ def _report_bug(error: Exception, debug: bool) -> int:
     print(f"  why: this is a bug; the traceback is in {file.name}", file=sys.stderr)
     print("  fix: please report it with that file", file=sys.stderr)
     return G2VLMError.code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from transformers.utils.logging import disable_progress_bar
 
+from g2vlm import __version__
 from g2vlm.checkpoint import load_model, read_config
 from g2vlm.config import G2VLMConfig
 from g2vlm.convert import convert as convert_checkpoint
 from g2vlm.errors import CheckFailed
+from g2vlm.export import check_output_folder
 from g2vlm.images import geometry_size
 from g2vlm.model.attention import backend_names
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.pipeline import Pipeline, load, read_sources
 from g2vlm.processing import recon_sequence
-from g2vlm.scene import check_output_folder
 
 log = logging.getLogger(__name__)
+disable_progress_bar()
 OPTIONAL = {
     "flash-attn": "flash", "xformers": "xformers", "deepspeed": "deepspeed", "peft": "lora", "av": "video",
     "viser": "view", "webdataset": "data", "tensorboard": "log",
@@ -127,9 +130,9 @@ def doctor(args: Namespace) -> None:
     Raises:
         CheckFailed: the self-test gave wrong numbers.
     """
-    packages = ("g2vlm", "torch", "torchvision", "transformers", "timm", "numpy", "pillow", "roma", "safetensors")
+    packages = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow", "roma", "safetensors")
     facts = {"python": f"{platform.python_version()} ({sys.executable})"}
-    facts |= {name: importlib.metadata.version(name) for name in packages}
+    facts |= {"g2vlm": __version__} | {name: importlib.metadata.version(name) for name in packages}
     facts["cpu"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     facts["devices"] = ", ".join(_devices()) or "no GPU"
     facts["attention"] = ", ".join(backend_names())

@@ -4,9 +4,9 @@ Every field has the value of the released 2B model as its default. Unknown keys 
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
 from transformers import PreTrainedConfig
 
@@ -16,6 +16,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 """Normalisation of the semantic encoder's images."""
 
 GeometryAttention = Literal["global", "block_causal", "frame", "mixed"]
+Windows = Literal["official", "per_image"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class GeometryEncoderConfig:
     layer_scale: float = 1.0
     projection_init: Literal["zero", "normal"] = "zero"
     """How the projection to the decoder's width starts; with `zero`, views differ only by position at step 0."""
-    windows: Literal["official", "per_image"] = "official"
+    windows: Windows = "official"
     """`per_image`: each image attends within itself. `official`: the released code's windows of P tokens over the flat
     list of all images' 1 + registers + P tokens, which straddle images; the released weights were trained with them."""
 
@@ -126,13 +127,13 @@ def _build(kind: type[_Part], value: _Part | Mapping[str, Any] | None, name: str
         return kind()
     if isinstance(value, kind):
         return value
-    assert isinstance(value, Mapping)
     known = [f.name for f in fields(kind)]  # pyright: ignore[reportArgumentType]
-    _refuse_unknown(value.keys(), known, f"{name}.")
-    return kind(**value)
+    values = cast(Mapping[str, Any], value)
+    _refuse_unknown(values, known, f"{name}.")
+    return kind(**values)
 
 
-def _refuse_unknown(keys: Any, known: list[str], prefix: str) -> None:
+def _refuse_unknown(keys: Iterable[str], known: list[str], prefix: str) -> None:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -226,64 +227,60 @@ class G2VLMConfig(PreTrainedConfig):
     @classmethod
     def small(cls, **overrides: Any) -> Self:
         """About 90 M parameters: one GPU, hours."""
-        return cls(
-            **{
-                "decoder": DecoderConfig(
-                    vocab_size=4096,
-                    hidden_size=512,
-                    intermediate_size=1536,
-                    num_layers=8,
-                    num_heads=8,
-                    num_kv_heads=2,
-                    head_dim=64,
-                    mrope_sections=(8, 12, 12),
-                    geometric_layer_scale=1.0,
-                ),
-                "semantic_encoder": SemanticEncoderConfig(hidden_size=384, num_layers=6, num_heads=6),
-                "geometry_encoder": GeometryEncoderConfig(
-                    hidden_size=384,
-                    num_layers=12,
-                    num_heads=6,
-                    image_size=224,
-                    windows="per_image",
-                    projection_init="normal",
-                ),
-                "heads": HeadsConfig(depth=3, num_heads=8, point_dim=512, camera_dim=256, normals="learned"),
-                "tokens": _EMBEDDED_TOKENS,
-                **overrides,
-            }
-        )
+        parts: dict[str, Any] = {
+            "decoder": DecoderConfig(
+                vocab_size=4096,
+                hidden_size=512,
+                intermediate_size=1536,
+                num_layers=8,
+                num_heads=8,
+                num_kv_heads=2,
+                head_dim=64,
+                mrope_sections=(8, 12, 12),
+                geometric_layer_scale=1.0,
+            ),
+            "semantic_encoder": SemanticEncoderConfig(hidden_size=384, num_layers=6, num_heads=6),
+            "geometry_encoder": GeometryEncoderConfig(
+                hidden_size=384,
+                num_layers=12,
+                num_heads=6,
+                image_size=224,
+                windows="per_image",
+                projection_init="normal",
+            ),
+            "heads": HeadsConfig(depth=3, num_heads=8, point_dim=512, camera_dim=256, normals="learned"),
+            "tokens": _EMBEDDED_TOKENS,
+        }
+        return cls(**(parts | overrides))
 
     @classmethod
     def tiny(cls, **overrides: Any) -> Self:
         """About 4 M parameters: trains on a laptop CPU in minutes; used by the tests."""
-        return cls(
-            **{
-                "decoder": DecoderConfig(
-                    vocab_size=512,
-                    hidden_size=128,
-                    intermediate_size=384,
-                    num_layers=4,
-                    num_heads=4,
-                    num_kv_heads=2,
-                    head_dim=32,
-                    mrope_sections=(4, 6, 6),
-                    geometric_layer_scale=1.0,
-                ),
-                "semantic_encoder": SemanticEncoderConfig(hidden_size=64, num_layers=2, num_heads=2),
-                "geometry_encoder": GeometryEncoderConfig(
-                    hidden_size=96,
-                    num_layers=4,
-                    num_heads=3,
-                    image_size=84,
-                    windows="per_image",
-                    projection_init="normal",
-                ),
-                "heads": HeadsConfig(depth=2, num_heads=4, point_dim=128, camera_dim=64, normals="learned"),
-                "tokens": _EMBEDDED_TOKENS,
-                **overrides,
-            }
-        )
+        parts: dict[str, Any] = {
+            "decoder": DecoderConfig(
+                vocab_size=512,
+                hidden_size=128,
+                intermediate_size=384,
+                num_layers=4,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=32,
+                mrope_sections=(4, 6, 6),
+                geometric_layer_scale=1.0,
+            ),
+            "semantic_encoder": SemanticEncoderConfig(hidden_size=64, num_layers=2, num_heads=2),
+            "geometry_encoder": GeometryEncoderConfig(
+                hidden_size=96,
+                num_layers=4,
+                num_heads=3,
+                image_size=84,
+                windows="per_image",
+                projection_init="normal",
+            ),
+            "heads": HeadsConfig(depth=2, num_heads=4, point_dim=128, camera_dim=64, normals="learned"),
+            "tokens": _EMBEDDED_TOKENS,
+        }
+        return cls(**(parts | overrides))
 
 
 PRESETS = {"tiny": G2VLMConfig.tiny, "small": G2VLMConfig.small, "paper_2b": G2VLMConfig.paper_2b}
@@ -298,11 +295,13 @@ _CHOICES = {
 }
 _OWN_KEYS = [*_PARTS, *_CHOICES]
 _TRANSFORMERS_KEYS = [
-    *(f.name for f in fields(PreTrainedConfig)),  # pyright: ignore[reportArgumentType]
+    *[f.name for f in fields(cast(Any, PreTrainedConfig))],
     "model_type", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "attn_implementation",
     "output_attentions", "experts_implementation",
 ]  # fmt: skip
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(part).items()}
+    """A part as JSON types: tuples become lists."""
+    values: dict[str, Any] = asdict(part)
+    return {key: [*cast(tuple[Any, ...], v)] if isinstance(v, tuple) else v for key, v in values.items()}

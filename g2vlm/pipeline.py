@@ -51,6 +51,8 @@ class Pipeline:
     def __init__(self, model: G2VLMForConditionalGeneration, name: str):
         self.model = model.eval()
         self.name = name
+        if not model.config.tokens.recon_prompt:
+            log.warning("%s knows no reconstruction prompt (converted without a tokenizer): bos alone is used", name)
 
     def reconstruct(
         self,
@@ -75,7 +77,19 @@ class Pipeline:
     def reconstruct_sources(self, sources: list[SourceImage], width: int = DEFAULT_WIDTH) -> Scene:
         """Like `reconstruct`, from images already read."""
         pixels = torch.from_numpy(geometry_pixels(sources, width))  # (S, 3, H, W)
-        return Scene.from_prediction(self.predict(pixels), pixels, sources, model=self.name)
+        prediction = self.predict(pixels)
+        confidence = None if prediction.confidence is None else torch.sigmoid(prediction.confidence).numpy()
+        return Scene.from_prediction(
+            prediction.local_points.numpy(),
+            prediction.cam_to_world.numpy(),
+            prediction.normals.numpy(),
+            usable_intrinsics(prediction.intrinsics, pixels.shape[-1]).numpy(),
+            pixels.numpy(),
+            sources,
+            units="relative",
+            model=self.name,
+            confidence=confidence,
+        )
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor, backend: str | None = None) -> GeometryPrediction:
@@ -89,6 +103,26 @@ class Pipeline:
         output = self.model(**inputs, backend=backend)
         (prediction,) = output.geometry
         return prediction.to("cpu")
+
+
+def usable_intrinsics(intrinsics: torch.Tensor, width: int) -> torch.Tensor:
+    """Intrinsics (S, 3, 3) whose focal lengths are positive and at most 100 image widths.
+
+    Points that follow no pinhole camera, as an untrained model's, may have no such fit; those views get a focal length
+    of one image width, and the log says so.
+    """
+    focal = intrinsics.diagonal(dim1=-2, dim2=-1)[:, :2]  # (S, 2)
+    usable = ((focal > 0) & (focal < 100 * width)).all(dim=-1)
+    if not usable.all():
+        log.warning(
+            "%d of %d views: the points fit no pinhole camera (untrained weights?); focal length set to %d pixels",
+            int((~usable).sum()),
+            len(usable),
+            width,
+        )
+    default = intrinsics.clone()
+    default[:, 0, 0] = default[:, 1, 1] = width
+    return torch.where(usable[:, None, None], intrinsics, default)
 
 
 def read_sources(

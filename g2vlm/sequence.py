@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -240,7 +240,8 @@ class SequenceBuilder:
         if not text.supervised:
             return _Run("text", text.ids, text_positions(base, len(text.ids)))
         ids = (*text.ids, self.special.eos)
-        return _Run("text", ids, text_positions(base, len(ids)), (*ids[1:], IGNORED))
+        labels, weight = (*ids[1:], IGNORED), 1 / math.sqrt(len(text.ids))
+        return _Run("text", ids, text_positions(base, len(ids)), labels, weight)
 
     def _wrapped(self, kind: "_Kind", grid: Grid, base: int) -> list["_Run"]:
         """Start marker, one token per grid cell, end marker."""
@@ -265,21 +266,16 @@ def grid_positions(base: int, rows: int, columns: int, times: int = 1) -> Tensor
 
 
 _Kind = Literal["text", "image", "geometry"]
-_Number = TypeVar("_Number", int, float)
 
 
 class _Run(NamedTuple):
-    """Tokens of one kind: one id per token, (3, n) positions, and one label per token or none at all."""
+    """Tokens of one kind: one id per token, (3, n) positions, one label per token or none, the weight of labels."""
 
     kind: _Kind
     ids: tuple[int, ...]
     positions: Tensor
     labels: tuple[int, ...] = ()
-
-    def weights(self) -> tuple[float, ...]:
-        """One weight per label, 0 for the ignored ones."""
-        count = sum(label != IGNORED for label in self.labels)
-        return tuple(0.0 if label == IGNORED else 1 / math.sqrt(count) for label in self.labels)
+    weight: float = 0.0
 
 
 @dataclass
@@ -316,6 +312,8 @@ class _Draft:
         inverse_order = torch.argsort(is_geometry.logical_not().byte(), stable=True)
         layout = self._layout()
         semantic = inverse_order[layout.num_geometry :]
+        labels = torch.tensor([label for run in self.runs for label in run.labels or (IGNORED,) * len(run.ids)])
+        weights = _per_token([run.weight for run in self.runs], lengths).where(labels != IGNORED, 0.0)
         return PackedSequence(
             num_geometry=layout.num_geometry,
             semantic_ids=torch.tensor([token for run in self.runs for token in run.ids])[semantic],
@@ -327,8 +325,8 @@ class _Draft:
             group_samples=tuple(self.group_samples),
             sample_ranges=self._sample_ranges(layout),
             next_positions=tuple(self.next_positions),
-            labels=torch.tensor(_filled(self.runs, [run.labels for run in self.runs], IGNORED))[semantic],
-            label_weights=torch.tensor(_filled(self.runs, [run.weights() for run in self.runs], 0.0))[semantic],
+            labels=labels[semantic],
+            label_weights=weights[semantic],
             order=torch.argsort(inverse_order),
             inverse_order=inverse_order,
         )
@@ -349,16 +347,9 @@ class _Draft:
         return tuple(ranges)
 
 
-def _per_token(values: list[bool], lengths: Tensor) -> Tensor:
+def _per_token(values: list[bool] | list[float], lengths: Tensor) -> Tensor:
+    """The value of each run, repeated for its tokens."""
     return torch.repeat_interleave(torch.tensor(values), lengths)
-
-
-def _filled(runs: list[_Run], values: list[tuple[_Number, ...]], default: _Number) -> list[_Number]:
-    """One value per token, `default` for the runs without values."""
-    filled = []
-    for run, own in zip(runs, values, strict=True):
-        filled += own or (default,) * len(run.ids)
-    return filled
 
 
 def _check_grid(name: str, grid: Grid, divisor: int) -> None:

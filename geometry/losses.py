@@ -5,7 +5,8 @@ with the host, or indexes by a mask: excluded entries are replaced before any ar
 the ground truth holds at invalid pixels reaches neither values nor gradients.
 
 A sample without a valid pixel has weight zero in every term: point terms average over valid pixels, and the normal and
-camera terms over the blocks and pairs of the samples that count. With every sample valid these are the released means.
+camera terms over the blocks and pairs of the samples that count (its sky still teaches the confidence). With a valid
+pixel in every sample these are the released means.
 
 Shape legend: ... any batch (usually B samples), S views, H W pixels.
 """
@@ -151,7 +152,7 @@ def geometry_losses(
     dtype = torch.promote_types(dtype, torch.float32)
     prediction, targets = prediction.to(dtype), targets.to(dtype)
 
-    valid, counted = targets.valid, sample_counts(targets.valid)
+    valid, counted = targets.valid, counted_samples(targets.valid)
     with_normals = counted & targets.normal_enabled
     target = normalize_targets(targets)
     prediction = normalize_prediction(prediction, valid)
@@ -194,7 +195,7 @@ def _counts(valid: Tensor, with_normals: Tensor, counted: Tensor) -> dict[str, T
 # ---- means ----------------------------------------------------------------------------------------------------------
 
 
-def sample_counts(valid: Tensor) -> Tensor:
+def counted_samples(valid: Tensor) -> Tensor:
     """Which samples count (...): those with a valid pixel in (..., S, H, W)."""
     return valid.flatten(-3).any(-1)
 
@@ -217,17 +218,13 @@ def _mean_distance(points: Tensor, valid: Tensor) -> Tensor:
 def normalize_targets(targets: GeometryTargets) -> NormalizedTargets:
     """Ground truth in the first view's camera frame, divided by the mean distance of the valid points to its origin.
 
-    Junk is taken out first: non-finite points at invalid pixels become zero (a non-finite valid point stays, so that
-    the loss shows it), the poses of a sample without valid pixels become the identity. Such a sample has divisor 1.
+    Non-finite points at invalid pixels become zero first; a non-finite valid point stays, so that the loss shows it.
+    A sample without valid pixels has divisor 1.
     """
-    valid, counted = targets.valid[..., None], sample_counts(targets.valid)
-    points = torch.where(valid | targets.world_points.isfinite(), targets.world_points, 0)
-    identity = torch.eye(4, dtype=points.dtype, device=points.device)
-    cam_to_world = torch.where(counted[..., None, None, None], targets.cam_to_world, identity)
-
-    world_to_first = invert_rigid(cam_to_world[..., 0, :, :])  # (..., 4, 4)
-    points = apply_rigid(world_to_first, points)
-    cam_to_first = small_matmul(world_to_first[..., None, :, :], cam_to_world)
+    usable = targets.valid[..., None] | targets.world_points.isfinite()
+    world_to_first = invert_rigid(targets.cam_to_world[..., 0, :, :])  # (..., 4, 4)
+    points = apply_rigid(world_to_first, torch.where(usable, targets.world_points, 0))
+    cam_to_first = small_matmul(world_to_first[..., None, :, :], targets.cam_to_world)
     divisor = _mean_distance(points, targets.valid)
     points = points / divisor[..., None, None, None, None]
     cam_to_first = scale_translations(cam_to_first, 1 / divisor)

@@ -1,5 +1,3 @@
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 """Bringing two point clouds together and reading normals off them: Sim(3) fit, point-to-point ICP, kNN normals.
 
 ICP and normals follow Open3D's definitions, whose numbers the point-map benchmarks report. float64 on the host,
@@ -8,14 +6,21 @@ deterministic: parallel queries do not change a result.
 Shapes: N source points, M target points, k neighbours.
 """
 
+# scipy and roma have no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
+import roma
 import torch
 from scipy.spatial import KDTree
 
 from geometry.alignment import umeyama
 from geometry.arrays import ArrayLike, FloatArray, IntArray, finite_array
+from geometry.transforms import rigid
 from geometry.types import Similarity
 
 POINTS_PER_CHUNK = 1 << 16  # bounds the neighbourhoods held at once to about 50 MB
@@ -142,19 +147,17 @@ class _Correspondences:
 
 def _correspondences(source: FloatArray, target: KDTree, max_distance: float) -> _Correspondences:
     distance, index = target.query(source, distance_upper_bound=max_distance, workers=-1)
-    found = np.flatnonzero(distance < max_distance)  # (n,), a miss has infinite distance
+    found = np.flatnonzero(np.isfinite(distance))  # (n,); a source point without target has infinite distance
     squared = np.asarray(distance)[found] ** 2
     rmse = float(np.sqrt(np.mean(squared))) if len(found) else 0.0
     return _Correspondences(found, np.asarray(index)[found], len(found) / len(source), rmse)
 
 
 def _fit_rigid(source: FloatArray, target: FloatArray) -> FloatArray:
-    """Rigid (4, 4) source -> target. Umeyama's rotation does not depend on its scale; only the translation does."""
-    rotation = umeyama(torch.from_numpy(source), torch.from_numpy(target)).rotation.numpy()
-    transform = np.eye(4)
-    transform[:3, :3] = rotation
-    transform[:3, 3] = target.mean(axis=0) - rotation @ source.mean(axis=0)
-    return transform
+    """Least-squares rigid (4, 4) between corresponding points, source -> target."""
+    motion = roma.rigid_points_registration(torch.from_numpy(source), torch.from_numpy(target))
+    rotation, translation = cast("tuple[torch.Tensor, torch.Tensor]", motion)
+    return rigid(rotation, translation).numpy()
 
 
 def _least_variance_direction(neighbours: FloatArray) -> FloatArray:

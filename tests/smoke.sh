@@ -1,5 +1,46 @@
 #!/usr/bin/env bash
 # The commands of the README on tiny inputs, in a temporary folder.
 set -euo pipefail
-PY=${PY:-python}
-"$PY" -c "import g2vlm, geometry"
+cd "$(dirname "$0")/.."
+PY=${PY:-python3}
+OUT=$(mktemp -d)
+trap 'rm -rf "$OUT"' EXIT
+
+run() { echo "\$ $*" >&2; "$@"; }
+g2vlm() { run "$PY" -m g2vlm "$@"; }
+
+"$PY" - "$OUT/photos" <<'PYTHON'
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+folder = Path(sys.argv[1])
+folder.mkdir()
+for view in range(3):
+    rows, columns = np.mgrid[:120, :160]
+    pixels = np.stack([rows, columns, (rows + columns + 40 * view)], axis=-1) % 256
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / f"view{view}.png")
+PYTHON
+
+g2vlm --help > /dev/null
+g2vlm doctor
+g2vlm info paper_2b
+g2vlm recon "$OUT/photos" --model tiny -o "$OUT/dry" --width 112 --dry-run
+g2vlm recon "$OUT/photos" --model tiny -o "$OUT/random" --width 112
+g2vlm convert tests/golden/g2vlm_tiny "$OUT/ours" --check
+g2vlm convert "$OUT/ours" "$OUT/released" --check
+g2vlm recon "$OUT/photos" --model "$OUT/ours" -o "$OUT/room" --width 112
+g2vlm info "$OUT/room"
+for file in points.ply points.glb cameras.json preview.png depth/0002.png scene.safetensors; do
+    test -s "$OUT/room/$file" || { echo "smoke: $file is missing" >&2; exit 1; }
+done
+if g2vlm recon "$OUT/absent" --model tiny -o "$OUT/none"; then
+    echo "smoke: an absent folder was accepted" >&2
+    exit 1
+elif [ $? -ne 2 ]; then
+    echo "smoke: wrong exit code for an absent folder" >&2
+    exit 1
+fi
+echo "smoke: passed"

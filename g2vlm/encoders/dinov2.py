@@ -7,22 +7,24 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Attention, Block
+from timm.layers import PatchEmbed  # pyright: ignore[reportPrivateImportUsage]
+from timm.models.vision_transformer import Attention, Block  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from g2vlm.config import GeometryEncoderConfig
+from g2vlm.config import GeometryEncoderConfig, Windows
 
 
 class DinoV2(nn.Module):
     """DINOv2 whose position table keeps its class-token row, as the public and the released weights store it.
 
-    `mask_token` belongs to the weights' layout and takes no part in the computation.
+    `mask_token` belongs to the weights' layout and takes no part in the computation. `windows` is the attention rule
+    and may be changed at any time.
     """
 
     def __init__(self, config: GeometryEncoderConfig):
         super().__init__()
         self.config = config
+        self.windows: Windows = config.windows
         dim, side = config.hidden_size, config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(None, config.patch_size, embed_dim=dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -36,7 +38,7 @@ class DinoV2(nn.Module):
                 config.mlp_ratio,
                 qkv_bias=True,
                 init_values=config.layer_scale,
-                norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
+                norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]
             )
             for _ in range(config.num_layers)
         )
@@ -45,9 +47,10 @@ class DinoV2(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (S, 3, H, W) of one scene, sides multiples of the patch -> patch features (S, P, D)."""
         x = self.embed(images)
-        attention = _ATTENTION[self.config.windows]
+        attention = _ATTENTION[self.windows]
         for block in self.blocks:
             assert isinstance(block, Block)
+            assert isinstance(block.attn, Attention)
             x = x + block.ls1(attention(block.attn, block.norm1(x), self.config.num_registers))
             x = x + block.ls2(block.mlp(block.norm2(x)))
         return self.norm(x)[:, 1 + self.config.num_registers :]

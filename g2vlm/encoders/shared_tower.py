@@ -6,7 +6,7 @@ Shapes: S views, P = gh * gw patches, D tower width.
 import torch
 from torch import Tensor, nn
 
-from g2vlm import compat
+from g2vlm.compat import run_vision_tower
 from g2vlm.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, SemanticEncoderConfig
 
 
@@ -29,9 +29,7 @@ class SharedTower(nn.Module):
         pixels = pixels.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (S, rows, cols, merge, merge, 3, patch, patch)
         pixels = pixels.unsqueeze(6).expand(*[-1] * 6, self.config.temporal_patch_size, -1, -1)
         grid_thw = torch.tensor([[1, rows * merge, cols * merge]] * num_views, device=images.device)
-        features, _ = compat.run_vision_tower(
-            self._tower[0], pixels.reshape(-1, pixels[0, 0, 0, 0, 0].numel()), grid_thw
-        )
+        features, _ = run_vision_tower(self._tower[0], pixels.reshape(-1, pixels[0, 0, 0, 0, 0].numel()), grid_thw)
         features = features.reshape(num_views, rows, cols, merge, merge, -1).transpose(2, 3)
         return features.reshape(num_views, rows * cols * merge * merge, -1)
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerScale as TimmLayerScale
+from timm.layers import LayerScale as TimmLayerScale  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from g2vlm import compat
+from g2vlm.compat import build_vision_tower, run_vision_tower
 from g2vlm.config import G2VLMConfig
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.encoders.shared_tower import SharedTower
@@ -39,6 +39,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
     """
 
     config_class = G2VLMConfig
+    config: G2VLMConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     base_model_prefix = ""
     main_input_name = "sequence"
     _no_split_modules = ["MoTLayer", "Block", "Qwen2VLVisionBlock", "FrameBlock", "ContextBlock"]  # noqa: RUF012
@@ -48,7 +49,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         dim = config.decoder.hidden_size
         self.embed_tokens = nn.Embedding(config.decoder.vocab_size, dim)
-        self.semantic_encoder = compat.build_vision_tower(config.semantic_encoder, dim)
+        self.semantic_encoder = build_vision_tower(config.semantic_encoder, dim)
         self.geometry_encoder = self._build_geometry_encoder(config)
         zero_init = config.geometry_encoder.projection_init == "zero"
         self.geometry_projection = GeometryProjection(self.geometry_encoder.config.hidden_size, dim, zero_init)
@@ -142,7 +143,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Patches (n, 1176) of images with grids (images, 3) -> merged image tokens (V, D)."""
-        return compat.run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
+        return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
 
     def embed_views(self, views: Sequence[Tensor]) -> Tensor:
         """Geometry tokens of all segments, view by view, row by row: (G, D)."""

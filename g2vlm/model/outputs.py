@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImportUsage]
 
 from geometry import GeometryPrediction
 

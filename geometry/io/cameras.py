@@ -116,13 +116,13 @@ def read_cameras(path: str | Path) -> CameraFile:
 
 
 def _load_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most `MAX_BYTES`; NaN and infinity are not numbers here."""
+    """The object in a JSON file of at most `MAX_BYTES`."""
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes")
     try:
-        document = json.loads(content, parse_constant=_reject_constant, parse_int=_bounded_int)
+        document = json.loads(content, parse_int=_bounded_int)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(document, dict):
@@ -130,11 +130,8 @@ def _load_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", document)
 
 
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
-
-
 def _bounded_int(digits: str) -> int:
+    """An integer that fits a float and a pixel count."""
     if len(digits) > 18:
         raise ValueError(f"an integer of {len(digits)} digits is not allowed")
     return int(digits)

@@ -1,10 +1,12 @@
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 """GLB scenes for viewers: a coloured point cloud and camera frusta as separate named nodes.
 
 Node tree: `opencv_to_gltf` (turns +y down, +z forward into glTF's +y up, -z forward) -> `points`, and `cameras` ->
 `camera_0000`, ..., each with its `cam_to_world` as the node's matrix. Units and convention are in the scene's extras.
 """
+
+# trimesh has incomplete type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,3 @@
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 """Depth metrics and the alignments that published depth tables use.
 
 Protocol of one image (mono depth) or one stacked sequence (video depth), as the CUT3R line of evaluators runs it:
@@ -9,6 +7,10 @@ a dataset's value weights each result by its valid pixels (`average_depth`).
 Shapes: n valid pixels, H W pixels, `...` any leading sizes. Depth is z in the unit of the ground truth.
 """
 
+# scipy has no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TypeAlias
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
+from geometry.alignment import weighted_l1_scale
 from geometry.arrays import ArrayLike, BoolArray, FloatArray, bool_array, check_finite, finite_array, float64_array
 
 LOG_FLOOR = 1e-5  # aligned predictions below it are raised to it before the logarithm and the ratios
@@ -242,14 +245,12 @@ def lad2_adam(pred: FloatArray, gt: FloatArray, learning_rate: float) -> ScaleSh
 def align_l1_scale(pred: FloatArray, gt: FloatArray) -> ScaleShift:
     """The scale of the smallest AbsRel, exactly.
 
-    mean |s p - g| / g = mean (p/g) |s - g/p|, minimal at the median of the ratios g/p weighted by p/g.
-    Pixels with a prediction that is not positive do not vote.
+    mean |s p - g| / g is minimal at the median of the ratios g/p with the weights p/g.
     """
-    vote = pred > 0
-    if not vote.any():
-        raise ValueError("pred: no positive depth at a valid pixel, no scale exists")
-    p, g = pred[vote], gt[vote]
-    return ScaleShift(weighted_median(g / p, p / g))
+    if not pred.any():
+        raise ValueError("pred: zero at every valid pixel, no scale exists")
+    p, g = torch.from_numpy(pred), torch.from_numpy(gt)
+    return ScaleShift(float(weighted_l1_scale(p, g, 1 / g)))
 
 
 ALIGNMENTS: dict[str, Alignment] = {
@@ -274,20 +275,13 @@ def best_constant_depth(gt: ArrayLike, max_depth: float | None = None) -> float:
     depth = depth[valid_depth(depth, max_depth)]
     if depth.size == 0:
         raise ValueError(f"gt: no valid pixel (0 < gt < {max_depth})")
-    return weighted_median(depth, 1 / depth)
+    return align_l1_scale(np.ones_like(depth), depth).scale
 
 
 def lower_median(values: FloatArray) -> float:
     """The middle value (n,), the smaller of the two middle ones for even counts (as torch.median)."""
     middle = (values.size - 1) // 2
     return float(np.partition(values, middle)[middle])
-
-
-def weighted_median(values: FloatArray, weights: FloatArray) -> float:
-    """The smallest value (n,) at which the accumulated weight (n,) reaches half: argmin_x sum w |x - value|."""
-    order = np.argsort(values, kind="stable")
-    accumulated = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(accumulated, accumulated[-1] / 2)])
 
 
 def _float32(values: FloatArray) -> torch.Tensor:

@@ -1,11 +1,13 @@
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 """Camera pose metrics: relative-pose accuracy (RRA, RTA, AUC) and trajectory error (ATE, RPE).
 
 Everything runs in float64: translations of some benchmarks are so small that float32 moves the result.
 
 Shapes: N views, P = N (N-1) / 2 unordered pairs i < j. Poses are 4x4, OpenCV axes; each function says which direction.
 """
+
+# roma has no type stubs.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 
 from geometry.arrays import ArrayLike, BoolArray, FloatArray, IntArray, finite_array
 from geometry.registration import apply_similarity, fit_similarity
+from geometry.transforms import invert_rigid
 
 SMALLEST_SQUARE = 1e-15  # the peers' floor on squared sines, and on the norm of a translation
 
@@ -234,11 +237,7 @@ def _quaternions(rotations: FloatArray) -> FloatArray:
 
 
 def _invert_rigid(transforms: FloatArray) -> FloatArray:
-    inverse = np.zeros_like(transforms)
-    inverse[:, :3, :3] = transforms[:, :3, :3].swapaxes(1, 2)
-    inverse[:, :3, 3:] = -inverse[:, :3, :3] @ transforms[:, :3, 3:]
-    inverse[:, 3, 3] = 1
-    return inverse
+    return invert_rigid(torch.from_numpy(transforms)).numpy()
 
 
 def _unit(vectors: FloatArray) -> FloatArray:

@@ -110,7 +110,7 @@ def test_sdpa_reads_views_and_masks_nothing_in_recon(monkeypatch: pytest.MonkeyP
     attend(q, k, v, plan, backend="sdpa")
     assert len(calls) == len(plan.blocks)
     for call in calls:
-        assert call["attn_mask"] is None
+        assert "attn_mask" not in call
         assert call["enable_gqa"]
         for name, whole in (("query", q), ("key", k), ("value", v)):
             assert call[name].untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
@@ -119,14 +119,15 @@ def test_sdpa_reads_views_and_masks_nothing_in_recon(monkeypatch: pytest.MonkeyP
 def test_sdpa_needs_no_mask_for_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = recorded_calls(monkeypatch)
     attend(*qkv(PLANS["decode"], (4, 2), 64), PLANS["decode"], backend="sdpa")
-    assert [(call["attn_mask"], call["is_causal"]) for call in calls] == [(None, False)]
+    assert ["attn_mask" in call or call["is_causal"] for call in calls] == [False]
 
 
 def test_sdpa_never_masks_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = AttnPlan((Block((0, 600), ((0, 700),), True),), 600, 700)
     calls = recorded_calls(monkeypatch)
-    attend(*qkv(plan, (2, 2), 8), plan, backend="sdpa")
+    attend(*qkv(plan, (4, 2), 8), plan, backend="sdpa")
     assert [tuple(call["attn_mask"].shape) for call in calls] == [(256, 356), (256, 612), (88, 700)]
+    assert not any(call.get("enable_gqa") for call in calls)
 
 
 # The registry.
@@ -204,27 +205,3 @@ def test_shapes_are_checked(tiny: Tiny) -> None:
         attend(torch.cat([q, q[:, :1]], dim=1), k, v, plan)
     with pytest.raises(ValueError, match="plan is for 2 queries"):
         attend(q[:1], k, v, plan)
-
-
-# On a GPU.
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
-@named_plan
-def test_sdpa_equals_eager_on_cuda(plan: AttnPlan, dtype: torch.dtype, tolerance: float) -> None:
-    q, k, v = (x.detach().cuda().requires_grad_() for x in qkv(plan, (12, 2), 128, dtype))
-    outputs = [output_and_gradients((q, k, v), plan, name) for name in ("sdpa", "eager")]
-    for fast, slow in zip(*outputs, strict=True):
-        torch.testing.assert_close(fast, slow, rtol=5 * tolerance, atol=5 * tolerance)
-
-
-@pytest.mark.gpu
-def test_causal_block_after_a_long_prefix_makes_no_mask_on_cuda() -> None:
-    num_queries, num_keys = 4096, 32768
-    plan = AttnPlan((Block((0, num_queries), ((0, num_keys),), True),), num_queries, num_keys)
-    q, k, v = (x.detach().cuda() for x in qkv(plan, (12, 2), 128, torch.bfloat16))
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    attend(q, k, v, plan, backend="sdpa")
-    assert torch.cuda.max_memory_allocated() - before < num_queries * num_keys  # a bool mask alone

@@ -111,7 +111,7 @@ def test_sequential_positions_depend_on_the_order_of_views(model: G2VLMForCondit
 
 @pytest.mark.parametrize("windows", ["per_image", "official"])
 def test_a_second_sample_changes_nothing_for_the_first(model: G2VLMForConditionalGeneration, windows: str) -> None:
-    model.geometry_encoder.config = replace(model.geometry_encoder.config, windows=windows)
+    model.geometry_encoder.windows = windows
     scenes = [torch.rand(2, 3, 28, 42, dtype=torch.float64), torch.rand(3, 3, 14, 28, dtype=torch.float64)]
     packed = model(sequence=recon_sequence(scenes, model.config), views=scenes)
     for scene, prediction in zip(scenes, packed.geometry, strict=True):

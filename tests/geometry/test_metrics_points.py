@@ -171,6 +171,13 @@ def test_icp_without_correspondences_stays_at_the_identity() -> None:
     assert (result.fitness, result.inlier_rmse) == (0, 0)
 
 
+def test_fitness_is_a_share_of_the_source() -> None:
+    source, target = np.array([[0.0, 0, 0], [10, 0, 0], [0, 10, 0]]), np.array([[0.0, 0, 0], [10, 0, 0.5]])
+    result = icp_point_to_point(source, target, max_distance=1, max_iterations=0)
+    assert result.fitness == pytest.approx(2 / 3)
+    assert result.inlier_rmse == pytest.approx(np.sqrt(0.5**2 / 2))
+
+
 def test_icp_distance_is_strict() -> None:
     cloud, one_away = np.array([[0.0, 0, 0], [10, 0, 0], [0, 10, 0]]), np.array([[1.0, 0, 0], [11, 0, 0], [1, 10, 0]])
     assert icp_point_to_point(cloud, one_away, max_distance=1.0, max_iterations=0).fitness == 0

@@ -4,7 +4,6 @@ Tolerance 1e-4 of each tensor's largest value: the fixtures' own README measured
 an independent implementation; a wrong window mode or mask moves outputs by tens of percent.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,8 +34,7 @@ class Fixture:
         self.outputs = load_file(folder / "outputs.safetensors")
 
     def use_windows(self, windows: str) -> None:
-        encoder = self.model.geometry_encoder
-        encoder.config = replace(encoder.config, windows=windows)
+        self.model.geometry_encoder.windows = windows
 
     def recon_names(self) -> list[str]:
         return sorted(key.split(".")[0] for key in self.inputs if key.startswith("recon_") and key.endswith(".images"))

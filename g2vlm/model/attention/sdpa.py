@@ -1,4 +1,4 @@
-"""The default backend: one `scaled_dot_product_attention` call per block, without masks.
+"""The default backend: one `scaled_dot_product_attention` call per block, without a mask wherever a kernel allows.
 
 Shape legend: n queries and m keys of one block, Hq query heads, Hkv key heads, D width of a head.
 """
@@ -25,7 +25,7 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -
     if block.causal and block.num_queries > 1:
         out = _causal(query, key, value, scale)
     else:
-        out = _sdpa(query, key, value, scale)
+        out = _unmasked(query, key, value, scale)
     return out[0].transpose(0, 1)  # (n, Hq, D)
 
 
@@ -38,9 +38,11 @@ def _rows(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention aligned to the end: query j sees all but the last n - 1 - j keys."""
     if query.shape[2] == key.shape[2]:
-        return _sdpa(query, key, value, scale, is_causal=True)
+        return _unmasked(query, key, value, scale, is_causal=True)
     if query.is_cuda and query.dtype != torch.float32:
-        return _sdpa(query, key, value, scale, causal_lower_right(query.shape[2], key.shape[2]))
+        bias = causal_lower_right(query.shape[2], key.shape[2])  # flash attention's own causal alignment, not a mask
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
     return _causal_by_tiles(query, key, value, scale)
 
 
@@ -56,14 +58,22 @@ def _causal_by_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         stop = min(start + TILE_ROWS, num_queries)
         seen = slice(0, before + stop)
         mask = torch.ones(stop - start, before + stop, dtype=torch.bool, device=query.device).tril(before + start)
-        outputs.append(_sdpa(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], scale, mask))
+        outputs.append(_masked(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], scale, mask))
     return torch.cat(outputs, dim=2)
 
 
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
+def _masked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Attention with an (n, m) mask, each key head a batch entry that its query heads share.
+
+    On CUDA every fused kernel refuses a mask together with `enable_gqa`, and the quadratic one would run instead.
+    """
+    num_key_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    grouped = query[0].unflatten(0, (num_key_heads, group))  # (Hkv, Hq / Hkv, n, D)
+    key, value = (x[0, :, None].expand(-1, group, -1, -1) for x in (key, value))  # (Hkv, Hq / Hkv, m, D), a view
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+    return out.flatten(0, 1)[None]
+
+
+def _unmasked(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool = False) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-    )
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)

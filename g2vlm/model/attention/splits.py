@@ -81,7 +81,7 @@ class SplitLayout:
         """Length of the sequence."""
         return self.splits[-1].stop if self.splits else 0
 
-    @property
+    @cached_property
     def num_geometry(self) -> int:
         """Number of geometry tokens."""
         return sum(length(span) for span in self.geometry)
