@@ -46,6 +46,12 @@ class TensorFields:
             tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         return replace(self, **{name: tensor.to(target) for name, tensor in tensors.items()})
 
+    def split(self, sizes: Sequence[int]) -> list[Self]:
+        """Consecutive parts of the first axis; fields that are not tensors are repeated."""
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        parts = zip(*(getattr(self, name).split(list(sizes)) for name in names), strict=True)
+        return [replace(self, **dict(zip(names, part, strict=True))) for part in parts]
+
     @classmethod
     def stack(cls, items: Sequence[Self]) -> Self:
         """One object with a new leading axis, from objects of equal shapes; other fields are the first one's."""

@@ -137,13 +137,13 @@ def convert(
         dtype=" and ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()})),
         notes=plan.notes,
     )
+    if dinov2 is not None:
+        result.checks.append(verify.compare_dinov2(plan.ours, Path(dinov2)))
     with staged_folder(destination, overwrite, num_bytes) as staging:
         write_weights(staging, plan.written, dtype, plan.max_shard_bytes)
         _write_companions(plan, source, staging, storage_dtype(specs))
         if check:
             result.checks += _check(plan, staging)
-    if dinov2 is not None:
-        result.checks.append(verify.compare_dinov2(plan.ours, Path(dinov2)))
     return result
 
 

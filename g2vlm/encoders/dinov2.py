@@ -44,6 +44,11 @@ class DinoV2(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
+    @property
+    def keeps_images_apart(self) -> bool:
+        """Whether no image's features depend on the images beside it, so that scenes may share a call."""
+        return self.windows == "per_image"
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (S, 3, H, W) of one scene, sides multiples of the patch -> patch features (S, P, D)."""
         x = self.embed(images)

@@ -13,6 +13,8 @@ from g2vlm.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Seman
 class SharedTower(nn.Module):
     """Feeds views to a Qwen2-VL vision tower that another module owns, and returns its features before the merger."""
 
+    keeps_images_apart = True
+
     def __init__(self, config: SemanticEncoderConfig, tower: nn.Module):
         super().__init__()
         self.config = config

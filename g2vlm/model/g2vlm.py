@@ -5,6 +5,7 @@ semantic image tokens.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -132,8 +133,9 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         """Text and marker embeddings with the merged image tokens in their slots: (U, D)."""
         embeddings = self.embed_tokens(sequence.semantic_ids)
         if pixel_values is None or image_grid_thw is None:
-            return embeddings
-        merged = self.encode_images(pixel_values, image_grid_thw)
+            merged = embeddings.new_zeros(0, embeddings.shape[1])
+        else:
+            merged = self.encode_images(pixel_values, image_grid_thw)
         if merged.shape[0] != sequence.image_slots.shape[0]:
             raise ValueError(
                 f"pixel_values give {merged.shape[0]} image tokens; "
@@ -149,20 +151,29 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         """Geometry tokens of all segments, view by view, row by row: (G, D)."""
         if not views:
             return self.geometry_projection.weight.new_zeros(0, self.config.decoder.hidden_size)
+        if self.geometry_encoder.keeps_images_apart:
+            views = join_equal_sizes(views)
         features = [self.geometry_encoder(images).flatten(0, 1) for images in views]
         return self.geometry_projection(torch.cat(features))
 
     def decode_geometry(
         self, hidden: Tensor, sequence: PackedSequence, predict_global_points: bool = False
     ) -> tuple[GeometryPrediction, ...]:
-        """Points, cameras and normals of every geometry segment from the geometric expert's output (G, D)."""
-        sizes = [sum(rows * columns for rows, columns in grids) for grids in sequence.view_grids]
-        predictions = []
-        for tokens, grids in zip(hidden.split(sizes), sequence.view_grids, strict=True):
-            views = tokens.unflatten(0, (len(grids), -1))  # (S, P, D): all views of a segment have one size
-            context = views[:1].expand_as(views) if predict_global_points else None
-            predictions.append(self.heads(views, grids[0], context))
-        return tuple(predictions)
+        """Points, cameras and normals of every geometry segment from the geometric expert's output (G, D).
+
+        The heads work view by view, so all views of one grid are decoded together.
+        """
+        grids = [segment[0] for segment in sequence.view_grids]  # all views of a segment have one size
+        sizes = [len(segment) * rows * cols for segment, (rows, cols) in zip(sequence.view_grids, grids, strict=True)]
+        tokens = hidden.split(sizes)
+        predictions: dict[int, GeometryPrediction] = {}
+        for grid in dict.fromkeys(grids):
+            members = [i for i, own in enumerate(grids) if own == grid]
+            scenes = [tokens[i].unflatten(0, (-1, grid[0] * grid[1])) for i in members]  # each (S, P, D)
+            context = torch.cat([scene[:1].expand_as(scene) for scene in scenes]) if predict_global_points else None
+            decoded = self.heads(torch.cat(scenes), grid, context)
+            predictions |= zip(members, decoded.split([len(scene) for scene in scenes]), strict=True)
+        return tuple(predictions[i] for i in range(len(grids)))
 
     def _check(self, sequence: PackedSequence, geometry: Tensor) -> None:
         if geometry.shape[0] != sequence.num_geometry:
@@ -200,3 +211,8 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
 
 AutoConfig.register(G2VLMConfig.model_type, G2VLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(G2VLMConfig, G2VLMForConditionalGeneration, exist_ok=True)
+
+
+def join_equal_sizes(views: Sequence[Tensor]) -> list[Tensor]:
+    """Neighbouring scenes (S, 3, H, W) of one image size as one batch of images, in the same order."""
+    return [torch.cat(list(scenes)) for _, scenes in groupby(views, key=lambda images: images.shape[1:])]

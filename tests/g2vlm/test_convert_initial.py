@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def loaded_dino(path: Path) -> DinoV2:
 
 
 def per_image(encoder: DinoV2) -> DinoV2:
-    encoder.config = replace(encoder.config, windows="per_image")
+    encoder.windows = "per_image"
     return encoder
 
 

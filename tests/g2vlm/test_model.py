@@ -110,14 +110,16 @@ def test_sequential_positions_depend_on_the_order_of_views(model: G2VLMForCondit
 
 
 @pytest.mark.parametrize("windows", ["per_image", "official"])
-def test_a_second_sample_changes_nothing_for_the_first(model: G2VLMForConditionalGeneration, windows: str) -> None:
+@pytest.mark.parametrize("sizes", [((28, 42), (14, 28), (28, 42)), ((28, 42), (28, 42))])
+def test_other_samples_change_nothing(model: G2VLMForConditionalGeneration, windows: str, sizes) -> None:
     model.geometry_encoder.windows = windows
-    scenes = [torch.rand(2, 3, 28, 42, dtype=torch.float64), torch.rand(3, 3, 14, 28, dtype=torch.float64)]
-    packed = model(sequence=recon_sequence(scenes, model.config), views=scenes)
+    scenes = [torch.rand(2 + i, 3, *size, dtype=torch.float64) for i, size in enumerate(sizes)]
+    packed = model(sequence=recon_sequence(scenes, model.config), views=scenes, predict_global_points=True)
     for scene, prediction in zip(scenes, packed.geometry, strict=True):
-        (alone,) = model(sequence=recon_sequence([scene], model.config), views=[scene]).geometry
-        torch.testing.assert_close(prediction.local_points, alone.local_points)
-        torch.testing.assert_close(prediction.cam_to_world, alone.cam_to_world)
+        sequence = recon_sequence([scene], model.config)
+        (alone,) = model(sequence=sequence, views=[scene], predict_global_points=True).geometry
+        for name in ("local_points", "cam_to_world", "normals", "global_points", "confidence"):
+            torch.testing.assert_close(getattr(prediction, name), getattr(alone, name))
 
 
 def test_semantic_tokens_never_change_the_views_before_them(model: G2VLMForConditionalGeneration) -> None:
@@ -169,6 +171,12 @@ def test_bfloat16_stays_close_and_keeps_heads_in_float32() -> None:
         assert prediction.local_points.dtype == torch.float32
         error = (prediction.local_points - reference.local_points).abs().max()
         assert error < 0.05 * reference.local_points.abs().max()
+
+
+def test_missing_pixels_are_named(model: G2VLMForConditionalGeneration) -> None:
+    sequence = sequence_builder(model.config).build([(Text((4,)), SemanticImage((4, 4)))])
+    with pytest.raises(ValueError, match="pixel_values give 0 image tokens; the sequence has 4 slots"):
+        model(sequence=sequence)
 
 
 def test_too_few_views_are_named(model: G2VLMForConditionalGeneration) -> None:

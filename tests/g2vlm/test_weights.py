@@ -56,7 +56,7 @@ def test_written_files_are_read_by_the_library(tmp_path: Path, max_shard_bytes: 
 
 
 def test_written_tensors_are_aligned(tmp_path: Path) -> None:
-    write_weights(tmp_path, Memory({"narrow": TENSORS["b"], **TENSORS}))
+    write_weights(tmp_path, Memory(TENSORS))
     data = (tmp_path / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

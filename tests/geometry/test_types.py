@@ -85,3 +85,17 @@ def test_to_changes_floats_and_keeps_masks() -> None:
     assert views.is_metric
     assert views.to("meta").valid.device.type == "meta"
     assert GeometryPrediction(**PREDICTION | {"confidence": None}).to(torch.float64).confidence is None
+
+
+def test_stack_and_split_undo_each_other() -> None:
+    parts = [GeometryPrediction(torch.rand(2, 3, 4, 3), torch.rand(2, 4, 4), torch.rand(2, 3, 4, 3)) for _ in range(3)]
+    stacked = GeometryPrediction.stack(parts)
+    assert stacked.local_points.shape == (3, 2, 3, 4, 3)
+    assert stacked.confidence is None
+    joined = GeometryPrediction(
+        *(torch.cat([getattr(p, name) for p in parts]) for name in ("local_points", "cam_to_world", "normals"))
+    )
+    for part, piece in zip(parts, joined.split([2, 2, 2]), strict=True):
+        assert torch.equal(piece.cam_to_world, part.cam_to_world)
+        assert torch.equal(piece.normals, part.normals)
+        assert piece.global_points is None

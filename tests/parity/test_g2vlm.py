@@ -115,6 +115,8 @@ def test_chat_in_one_forward(fixture: Fixture, case: str) -> None:
     fixture.use_windows(case.split(".")[0] if "." in case else "per_image")
     inputs, outputs = fixture.inputs, fixture.outputs
     expected = {k.removeprefix(f"{case}."): v for k, v in outputs.items() if k.startswith(f"{case}.")}
+    if not expected:
+        pytest.skip(f"{fixture.folder.name} has no {case}")
     segments: list = [Text(fixture.ids("chat.system_ids"))]
     views, images = [], []
     if case.endswith("chat_recon"):

@@ -24,56 +24,77 @@ FIXTURES = golden.cases("g2vlm_*/train_outputs.safetensors")
 RELEASED_WEIGHTS = GeometryLossWeights(camera=0.2, normal=1.0, translation=100.0, global_points=1.0)
 
 
-def segments(inputs: dict[str, Tensor]) -> list:
-    """The segments of the packed sample, read off its splits; the padding sample at the end is left out."""
+def samples(inputs: dict[str, Tensor]) -> list[list]:
+    """The segments of every packed sample, read off its splits; the padding sample at the end is left out."""
     ids = dict(zip(inputs["packed_text_indexes"].tolist(), inputs["packed_text_ids"].tolist(), strict=True))
-    views, images = set(inputs["packed_dino_token_indexes"].tolist()), set(inputs["packed_vit_token_indexes"].tolist())
-    supervised = set(inputs["ce_loss_indexes"].tolist())
+    views, images, supervised = (
+        set(inputs[name].tolist()) if name in inputs else set()
+        for name in ("packed_dino_token_indexes", "packed_vit_token_indexes", "ce_loss_indexes")
+    )
     view = view_grid(inputs["packed_dino_image_tensor_list"], PATCH)
-    grids = iter(inputs["packed_image_grid_thw"].tolist())
-    found: list = []
+    grids = iter(inputs["packed_image_grid_thw"].tolist() if images else [])
+    ends = set(inputs["sample_lens"].cumsum(0).tolist())
+    found: list[list] = [[]]
     start = 0
-    for length in inputs["split_lens"].tolist()[:-1]:
+    for length in inputs["split_lens"].tolist():
         tokens = range(start, start + length)
         start += length
         if views & set(tokens):
-            if found and isinstance(found[-1], GeometryViews):
-                found[-1] = GeometryViews((*found[-1].grids, view))
-            else:
-                found.append(GeometryViews((view,)))
+            add_view(found[-1], view)
         elif images & set(tokens):
-            found.append(SemanticImage(tuple(next(grids)[1:])))
-        elif supervised & set(tokens):
-            found.append(Text(tuple(ids[t] for t in tokens)[:-1], supervised=True))
-        else:
-            found.append(Text(tuple(ids[t] for t in tokens)))
-    return found
+            found[-1].append(SemanticImage(tuple(next(grids)[1:])))
+        elif set(tokens) <= ids.keys():
+            text = tuple(ids[token] for token in tokens)
+            is_supervised = bool(supervised & set(tokens))
+            found[-1].append(Text(text[:-1] if is_supervised else text, supervised=is_supervised))
+        if start in ends:
+            found.append([])
+    return [sample for sample in found if sample]
+
+
+def add_view(sample: list, view: tuple[int, int]) -> None:
+    """Consecutive views belong to one segment."""
+    if sample and isinstance(sample[-1], GeometryViews):
+        sample[-1] = GeometryViews((*sample[-1].grids, view))
+    else:
+        sample.append(GeometryViews((view,)))
 
 
 def run(folder: Path) -> SimpleNamespace:
     """One forward of the packed sample, and its losses with the released weights."""
     model = load_model(folder, dtype=torch.float32)
     inputs = load_file(folder / "train_inputs.safetensors")
-    sequence = sequence_builder(model.config, geometry_attention="block_causal").build([segments(inputs)])
+    sequence = sequence_builder(model.config, geometry_attention="block_causal").build(samples(inputs))
     supervised = (sequence.labels >= 0).nonzero().flatten()
+    num_scenes = len(sequence.view_grids)
+
+    def per_scene(name: str) -> Tensor:
+        return inputs[name].unflatten(0, (num_scenes, -1))
+
     output = model(
         sequence=sequence,
-        views=[inputs["packed_dino_image_tensor_list"]],
-        pixel_values=inputs["packed_vit_images"],
-        image_grid_thw=inputs["packed_image_grid_thw"],
+        views=list(per_scene("packed_dino_image_tensor_list")),
+        pixel_values=inputs.get("packed_vit_images"),
+        image_grid_thw=inputs.get("packed_image_grid_thw"),
         logits_at=supervised,
         predict_global_points=True,
     )
     cross_entropy = F.cross_entropy(output.logits.float(), sequence.labels[supervised], reduction="none")
     targets = GeometryTargets(
-        world_points=inputs["packed_world_points"][None],
-        cam_to_world=inputs["packed_extrinsics"][None],
-        valid=inputs["packed_point_masks"][None].bool(),
-        normal_enabled=torch.ones(1, dtype=torch.bool),
+        world_points=per_scene("packed_world_points"),
+        cam_to_world=per_scene("packed_extrinsics"),
+        valid=per_scene("packed_point_masks").bool(),
+        normal_enabled=torch.ones(num_scenes, dtype=torch.bool),
     )
     losses = geometry_losses(batched(output), targets, RELEASED_WEIGHTS)
     return SimpleNamespace(
-        model=model, inputs=inputs, sequence=sequence, output=output, cross_entropy=cross_entropy, losses=losses
+        model=model,
+        inputs=inputs,
+        sequence=sequence,
+        output=output,
+        cross_entropy=cross_entropy,
+        targets=targets,
+        losses=losses,
     )
 
 
@@ -95,7 +116,7 @@ def trained(request: pytest.FixtureRequest) -> SimpleNamespace:
 def test_pack(trained: SimpleNamespace) -> None:
     sequence: PackedSequence = trained.sequence
     inputs = trained.inputs
-    num_tokens = int(inputs["sample_lens"][:-1].sum())
+    num_tokens = sequence.num_tokens
     assert torch.equal(sequence.position_ids[:, sequence.order], inputs["packed_position_ids"][:, :num_tokens])
     assert torch.equal(sequence.labels[sequence.labels >= 0], inputs["packed_label_ids"])
     assert torch.equal(sequence.label_weights[sequence.labels >= 0], inputs["ce_loss_weights"])
@@ -115,8 +136,10 @@ def test_predictions(trained: SimpleNamespace) -> None:
     assert_close(prediction.local_points, trained.expected["pred.local_points"], "local_points")
     assert_close(prediction.world_points, trained.expected["pred.points"], "points")
     assert_close(prediction.cam_to_world, trained.expected["pred.camera_poses"], "camera_poses")
-    divisor = prediction.local_points.norm(dim=-1)[trained.inputs["packed_point_masks"][None].bool()].mean()
-    assert_close(prediction.global_points / divisor, trained.expected["pred.global_points"], "global_points")
+    valid = trained.targets.valid
+    distance = torch.where(valid, prediction.local_points.norm(dim=-1), 0).flatten(1).sum(1) / valid.flatten(1).sum(1)
+    normalised = prediction.global_points / distance.view(-1, 1, 1, 1, 1)
+    assert_close(normalised, trained.expected["pred.global_points"], "global_points")
 
 
 @pytest.mark.parametrize("trained", FIXTURES, indirect=True)
