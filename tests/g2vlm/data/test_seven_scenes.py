@@ -87,6 +87,29 @@ def test_moved_depth_is_what_the_colour_camera_sees(view: int) -> None:
     assert (error < 0.02).mean() > 0.97  # the rest are edges
 
 
+@pytest.mark.parametrize(
+    ("row", "column", "stored", "landing"),
+    [
+        (240, 320, 2000, (236, 310, 2001)),
+        (100, 200, 1234, (111, 197, 1231)),
+        (400, 600, 3456, (378, 562, 3478)),
+        (50, 620, 800, (66, 567, 803)),
+        (300, 30, 9000, (291, 54, 8973)),
+        (479, 320, 1500, (450, 308, 1506)),
+        (11, 17, 650, (31, 22, 647)),
+    ],
+)
+def test_single_pixels_land_where_the_formula_says(
+    row: int, column: int, stored: int, landing: tuple[int, int, int]
+) -> None:
+    """Calculated one by one in plain Python: centres at 0.5, rounded half to even, millimetres cut off."""
+    depth = np.zeros((480, 640), np.uint16)
+    depth[row, column] = stored
+    moved = move_to_colour_camera(depth, clean=False)
+    assert (*np.argwhere(moved)[0].tolist(), int(moved.max())) == landing
+    assert np.count_nonzero(moved) == 1
+
+
 def test_moving_needs_the_calibration() -> None:
     """The depth as stored, or only rescaled to the other focal length, does not fit the colour camera as well."""
     _, depth, _, truth = kinect_view(1, 3)
