@@ -1,6 +1,7 @@
 """What all readers share: which views a sample gets, unreadable files, names of sources."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,14 @@ def test_too_many_damaged_images_stop_it(tmp_path: Path) -> None:
     with pytest.raises(TooManyBadFiles, match="3 of 40") as error:
         source.load(0, request)
     assert error.value.code == 6
+
+
+def test_views_that_cannot_be_cropped_are_left_out(tmp_path: Path) -> None:
+    frames = list(room_frames(8))
+    K = np.array([[100.0, 0, 5], [0, 100, 40], [0, 0, 1]])
+    frames[3] = replace(frames[3], intrinsics=K)
+    source = CanonicalSource(write_canonical(tmp_path, frames), max_bad=0.2)
+    assert "view-03" not in source.load(0, ViewRequest(7, (56, 56), 0)).view_ids
 
 
 def test_too_few_views(tmp_path: Path) -> None:
