@@ -145,7 +145,8 @@ def _distributed(name: str, kind: str, launched: bool) -> Iterator[Engine]:
     place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(place)
-    options: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store: Any = getattr(dist, "HashStore")  # noqa: B009 (missing in the stubs)
+    options: dict[str, Any] = {} if launched else {"store": store(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", **options)
     try:
         yield (Sharded if name == "fsdp2" else Replicated)(place)

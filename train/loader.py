@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from g2vlm.data.batch import SceneBatch, collate
+from g2vlm.data.transforms import augment_colours
 from g2vlm.data.types import SceneSample
-from g2vlm.errors import InputError
+from g2vlm.errors import InputError, TooManyBadFiles
 from train.sampler import Pick, Sampler
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,12 @@ class LoadedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class StepDataset(Dataset[LoadedBatch]):
-    """Maps a step to this rank's batch."""
+    """Maps a step to this rank's batch; `augment` changes colours at random."""
 
     sampler: Sampler
     rank: int = 0
     world: int = 1
+    augment: bool = False
 
     def __getitem__(self, step: int) -> LoadedBatch:
         """The batch of a step; unreadable scenes are replaced by the counter's next choice.
@@ -56,10 +58,16 @@ class StepDataset(Dataset[LoadedBatch]):
         for attempt in range(1, _MAX_SUBSTITUTES + 1):
             source = self.sampler.sources[pick.source]
             try:
-                return shuffled(source.load(pick.scene, pick.request), pick.request.seed)
+                sample = shuffled(source.load(pick.scene, pick.request), pick.request.seed)
+            except TooManyBadFiles:
+                raise
             except InputError as error:
                 bad.append(BadSample(f"{source.name}/{pick.scene}", str(error)))
                 pick = self.sampler.pick(step, item, attempt)
+                continue
+            if not self.augment:
+                return sample
+            return replace(sample, images=augment_colours(sample.images, pick.request.seed))
         raise InputError(f"{_MAX_SUBSTITUTES} scenes in a row could not be read", bad[-1].reason, "check the data")
 
 
@@ -77,5 +85,6 @@ def batches(dataset: StepDataset, steps: Sequence[int], workers: int) -> Iterato
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # its own, so that starting anew leaves the global one alone
     )
     return iter(loader)

@@ -88,6 +88,17 @@ class Trainer:
         dropped = "nonfinite" if not finite else "spike" if values[2] else None
         return StepResult(values[0], dict(zip(joined, values[4:], strict=True)), values[1], dropped, values[3] > 0)
 
+    @torch.no_grad()
+    def evaluate(self, inputs: Mapping[str, Any], batch: SceneBatch) -> dict[str, float]:
+        """The joined loss and terms of a batch."""
+        output = self.model(**inputs)
+        report: LossReport = {}
+        for objective in self.objectives:
+            report |= objective(output, batch)
+        joined, _, _ = self._join(report, False)
+        total = sum(joined[name].item() * term.factor for name, term in report.items())
+        return {"loss": total, **{name: value.item() for name, value in joined.items()}}
+
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 

@@ -30,7 +30,10 @@ LossReport = dict[str, Term]
 class Objective(Protocol):
     """A way to train the model: forward options, and a loss from what the model returns."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in configs."""
+        ...
 
     def __call__(self, output: G2VLMOutput, batch: SceneBatch) -> LossReport:
         """The terms of this rank's batch. Every rank returns the same names."""
