@@ -217,7 +217,7 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
     parser = build_parser()
     try:
         values = parser.parse_args([*arguments])
-        made = parser.instantiate_classes(values)
+        made = parser.instantiate(values)
     except (ArgumentError, TypeError) as error:
         raise _readable(error) from None
     return RunConfig(**{f.name: made[f.name] for f in fields(RunConfig)}), bool(values.debug)
