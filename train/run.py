@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from g2vlm.data.registry import build_source
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import G2VLMError, InputError
@@ -23,6 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "PIL", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    disable_progress_bar()
     debug = "--debug" in arguments
     try:
         carry_out([*arguments])
