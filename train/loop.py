@@ -202,7 +202,8 @@ class Run:
         set_learning_rate(self.trainer.optimizer, rate)
         spike = self.config.guards.spike if step >= self.config.schedule.warmup else None
         batch = loaded.batch.to(self.trainer.engine.device)
-        result = self.trainer.step(self._inputs(batch, self.data.sampler.coin(step)), batch, spike, asked)
+        inputs = self._inputs(batch, self.data.sampler.coin(step))
+        result = self.trainer.step(inputs, batch, spike, asked, len(loaded.bad))
         self.done += 1
         shape = self.data.sampler.shape(step)
         views = shape.num_scenes * shape.num_views
@@ -213,7 +214,7 @@ class Run:
         if rates := console.add(self.done, result, rate, views, waited):
             self.log.speed(self.done, rates)
         self.guard.check_step(self.done, result.dropped)
-        self.guard.check_scenes(len(batch.names) + len(loaded.bad), len(loaded.bad))
+        self.guard.check_scenes(shape.num_scenes + result.bad, result.bad)
         if self.validation is not None and (_due(self.done, runtime.validate_every) or self.done == runtime.steps):
             self.validate(self.validation)
         return result.stop

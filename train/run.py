@@ -29,6 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     try:
         carry_out([*arguments])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except G2VLMError as error:
         if debug:
             traceback.print_exc()

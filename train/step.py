@@ -29,6 +29,7 @@ class StepResult:
         grad_norm: before clipping.
         dropped: None; `spike`: it contributed zero; `nonfinite`: nothing was changed.
         stop: some rank was asked to stop.
+        bad: unreadable scenes of all ranks.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class StepResult:
     grad_norm: float
     dropped: str | None
     stop: bool
+    bad: int
 
 
 @dataclass
@@ -57,7 +59,12 @@ class Trainer:
     clip: float = 1.0
 
     def step(
-        self, inputs: Mapping[str, Any], batch: SceneBatch, spike: float | None = None, stop: bool = False
+        self,
+        inputs: Mapping[str, Any],
+        batch: SceneBatch,
+        spike: float | None = None,
+        stop: bool = False,
+        bad: int = 0,
     ) -> StepResult:
         """Train on one batch.
 
@@ -69,24 +76,26 @@ class Trainer:
             batch: this rank's, on its device.
             spike: joined loss above which the batch contributes zero; None: never.
             stop: this rank was asked to stop.
+            bad: scenes that this rank could not read.
         """
         output = self.model(**inputs)
         report: LossReport = {}
         for objective in self.objectives:
             report |= objective(output, batch)
-        joined, loss, stopped = self._join(report, stop)
+        joined, loss, notes = self._join(report, (float(stop), float(bad)))
         total = torch.stack([joined[name] * term.factor for name, term in report.items()]).sum()
         spiked = torch.zeros_like(total, dtype=torch.bool) if spike is None else total > spike
         self.engine.backward(torch.where(spiked, 0.0, 1.0) * loss)
         norm = self.engine.clip(self._parameters(), self.clip)
         # the step's only wait for the device
-        values = torch.stack([total, norm.to(total), spiked.to(total), stopped, *joined.values()]).tolist()
+        values = torch.stack([total, norm.to(total), spiked.to(total), *notes, *joined.values()]).tolist()
         finite = all(torch.tensor(values[:2]).isfinite().tolist())
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         dropped = "nonfinite" if not finite else "spike" if values[2] else None
-        return StepResult(values[0], dict(zip(joined, values[4:], strict=True)), values[1], dropped, values[3] > 0)
+        terms = dict(zip(joined, values[5:], strict=True))
+        return StepResult(values[0], terms, values[1], dropped, stop=values[3] > 0, bad=int(values[4]))
 
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Any], batch: SceneBatch) -> dict[str, float]:
@@ -95,23 +104,23 @@ class Trainer:
         report: LossReport = {}
         for objective in self.objectives:
             report |= objective(output, batch)
-        joined, _, _ = self._join(report, False)
+        joined, _, _ = self._join(report)
         total = sum(joined[name].item() * term.factor for name, term in report.items())
         return {"loss": total, **{name: value.item() for name, value in joined.items()}}
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _join(self, report: LossReport, stop: bool) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Each term's mean over all ranks; this rank's loss, to be averaged; how many ranks want to stop."""
+    def _join(self, report: LossReport, notes: Sequence[float] = ()) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+        """Each term's mean over all ranks; this rank's loss, to be averaged; the notes summed over ranks."""
         values = torch.stack([term.value for term in report.values()])  # (terms,)
         counts = torch.stack([term.count for term in report.values()]).to(values)
         factors = torch.tensor([term.factor for term in report.values()]).to(values)
-        own = torch.cat([values.detach() * counts, counts, counts.new_tensor([float(stop)])])
-        sums, totals, stops = self.engine.sum(own).split([len(values), len(values), 1])
+        own = torch.cat([values.detach() * counts, counts, counts.new_tensor(notes)])
+        sums, totals, noted = self.engine.sum(own).split([len(values), len(values), len(notes)])
         totals = totals.clamp_min(1)
         loss = (values * factors * counts * self.engine.world / totals).sum()
-        return dict(zip(report, (sums / totals).unbind(), strict=True)), loss, stops[0]
+        return dict(zip(report, (sums / totals).unbind(), strict=True)), loss, list(noted.unbind())
 
 
 @dataclass

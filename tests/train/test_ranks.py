@@ -14,6 +14,8 @@ from tests.train.runs import mini_batch, mini_trainer, train_on
 from train import engine as engines
 from train.config import GeometryConfig
 from train.objectives.geometry import GeometryObjective
+from train.optim import set_learning_rate
+from train.state import Checkpoints, load_state, model_state, optimizer_state, save_state, verify
 
 WORLD = 2
 STEPS = 2
@@ -70,12 +72,27 @@ def on_bad_batches(trainer: Any, model: Any, rank: int) -> dict[str, Any]:
     return {"dropped": [nan.dropped, gradient.dropped, uneven.dropped], "stop": stop.stop, "loss": uneven.loss}
 
 
+def saved_and_resumed(engine: Any, trainer: Any, model: Any, folder: Path) -> list[float]:
+    """The losses of a step after resuming from a checkpoint, and of the same step without."""
+    checkpoints = Checkpoints(folder)
+    save_state(checkpoints, 7, engine, model, trainer.optimizer, {"guard": 1})
+    verify(checkpoints.path(7))
+    other, twin = mini_trainer(engine, lr=1e-2)
+    train_on(other, twin, [mini_batch(3, engine.rank, WORLD)])
+    assert load_state(checkpoints.path(7), engine, twin, other.optimizer)["guard"] == 1
+    steps = [mini_batch(step, engine.rank, WORLD) for step in (4, 5)]
+    set_learning_rate(other.optimizer, 1e-3)
+    return [train_on(*pair, steps)[1].loss for pair in ((other, twin), (trainer, model))]
+
+
 def process(rank: int, name: str, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with engines.engine(name, "cpu") as engine:
-        report = run(*mini_trainer(engine), rank, WORLD)
+        trainer, model = mini_trainer(engine)
+        report = run(trainer, model, rank, WORLD)
+        report["resumed"] = saved_and_resumed(engine, trainer, model, folder / "checkpoints")
         trainer, model = mini_trainer(engine)
         report |= on_bad_batches(trainer, model, rank)
         state = trainer.optimizer.state
@@ -106,6 +123,25 @@ def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(report["gradients"][key], gradient, rtol=0, atol=max(1e-5 * scale, 1e-5))
         assert report["dropped"] == ["nonfinite", "nonfinite", None]
         assert report["stop"]
+        assert report["resumed"][0] == report["resumed"][1]
     assert reports[0]["loss"] == reports[1]["loss"]
     for key in reports[0]["weights"]:
         assert torch.equal(reports[0]["weights"][key], reports[1]["weights"][key]), key
+
+
+def test_sharded_checkpoints_fit_one_process(tmp_path: Path) -> None:
+    """Without torchrun: a group of one; its checkpoint is that of a single process."""
+    batches = [mini_batch(step) for step in range(3)]
+    with engines.engine("fsdp2", "cpu") as engine:
+        trainer, model = mini_trainer(engine)
+        train_on(trainer, model, batches[:2])
+        save_state(Checkpoints(tmp_path), 2, engine, model, trainer.optimizer, {})
+        weights, moments = model_state(engine, model), optimizer_state(engine, model, trainer.optimizer)
+        (expected,) = train_on(trainer, model, batches[2:])
+    alone, plain = mini_trainer()
+    load_state(Checkpoints(tmp_path).path(2), alone.engine, plain, alone.optimizer)
+    for name, tensor in model_state(alone.engine, plain).items():
+        assert torch.equal(tensor, weights[name]), name
+    for name, tensor in optimizer_state(alone.engine, plain, alone.optimizer).items():
+        assert torch.equal(tensor, moments[name]), name
+    assert train_on(alone, plain, batches[2:])[0].loss == pytest.approx(expected.loss, rel=1e-5)
