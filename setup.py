@@ -18,7 +18,7 @@ DEPENDENCIES = [
     "scipy>=1.14",
     "pillow>=11",
     "roma>=1.7",
-    "jsonargparse>=4.40",
+    "jsonargparse>=4.49",
     "pyyaml>=6",
     "trimesh>=4.6",
 ]

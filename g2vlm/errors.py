@@ -59,3 +59,15 @@ class CheckpointError(G2VLMError):
     """A checkpoint that is incomplete, damaged or of another architecture."""
 
     code = 5
+
+
+class TrainingAborted(G2VLMError):
+    """A guard stopped a training run; its state is saved."""
+
+    code = 6
+
+
+class Stopped(G2VLMError):
+    """The run was asked to stop and left a complete checkpoint: it can be queued again."""
+
+    code = 75

@@ -53,17 +53,20 @@ def view_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def recon_sequence(scenes: list[Tensor], config: G2VLMConfig) -> PackedSequence:
+def recon_sequence(
+    scenes: list[Tensor], config: G2VLMConfig, geometry_attention: GeometryAttention | None = None
+) -> PackedSequence:
     """The released reconstruction sequence of one or more scenes: bos, the fixed prompt, then all views as one block.
 
     Args:
         scenes: per scene, images (S, 3, H, W).
         config: the model's config, with its special tokens.
+        geometry_attention: as in `sequence_builder`.
     """
     prompt = Text((config.tokens.bos, *config.tokens.recon_prompt))
     patch_size = config.geometry_encoder.patch_size
     samples = [(prompt, GeometryViews((view_grid(images, patch_size),) * images.shape[0])) for images in scenes]
-    return sequence_builder(config).build(samples)
+    return sequence_builder(config, geometry_attention).build(samples)
 
 
 def recon_inputs(images: Tensor, config: G2VLMConfig, device: torch.device | str) -> dict[str, object]:

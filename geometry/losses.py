@@ -28,6 +28,15 @@ ALIGNMENT_SAMPLES = 4096  # valid pixels per sample that the scale is fitted to
 EDGE_RTOL = 0.03  # depth step that excludes a pixel from normal terms
 HUBER_DELTA = 0.1  # of translations, in normalised units
 CONFIDENT_ERROR = 0.02  # weighted point error below which a pixel should be confident
+TERM_COUNTS = {
+    "points": "pixels",
+    "global_points": "pixels",
+    "confidence": "pixels",
+    "normal": "normal_blocks",
+    "normal_head": "normal_pixels",
+    "translation": "camera_pairs",
+    "rotation": "camera_pairs",
+}  # term -> the entry of `GeometryLosses.counts` that it is a mean over (confidence: its first part)
 _COUNT_EPS = 1e-8  # the released code's guard of its means
 _COSINE_MARGIN = 1e-6  # keeps arccos differentiable
 _MIN_ANGLE, _MAX_ANGLE, _SMOOTH_ANGLE = math.radians(1), math.radians(90), math.radians(3)
@@ -43,6 +52,8 @@ class GeometryTargets(TensorFields):
         valid: (..., S, H, W) bool, True = use.
         normal_enabled: (...) bool, whether the sample's depth is good enough for normal terms.
         sky: (..., S, H, W) bool, pixels that should have no confidence.
+        normals: (..., S, H, W, 3) exact unit normals in the camera frame, for the normal head; without them the
+            normals of the true points are used.
     """
 
     world_points: Tensor
@@ -50,6 +61,7 @@ class GeometryTargets(TensorFields):
     valid: Tensor
     normal_enabled: Tensor
     sky: Tensor | None = None
+    normals: Tensor | None = None
 
     def __post_init__(self) -> None:
         expect_trailing("world_points", self.world_points, (None, None, None, 3))
@@ -58,6 +70,7 @@ class GeometryTargets(TensorFields):
         expect_shape("valid", self.valid, *batch, views, height, width)
         expect_shape("normal_enabled", self.normal_enabled, *batch)
         expect_shape("sky", self.sky, *batch, views, height, width)
+        expect_shape("normals", self.normals, *batch, views, height, width, 3)
         for field in ("valid", "normal_enabled", "sky"):
             expect_bool(field, getattr(self, field))
 
@@ -108,7 +121,8 @@ class GeometryLosses:
         terms: unweighted scalars: points, normal, translation, rotation, and when present global_points, normal_head,
             confidence.
         scale: optimal scale of each sample (...), without gradient; 1 for a sample without valid pixels.
-        counts: how many samples, pixels, normal_blocks and camera_pairs the means were taken over.
+        counts: how many samples, pixels, normal_blocks, camera_pairs and normal_pixels the means were taken over;
+            `TERM_COUNTS` says which is whose, so that terms of several batches can be joined exactly.
     """
 
     total: Tensor
@@ -171,14 +185,17 @@ def geometry_losses(
     if prediction.global_points is not None:
         global_error = weighted_point_error(prediction.global_points, target.global_points, weight, valid, scale)
         terms["global_points"] = masked_mean(global_error, valid)
+    counts = _counts(valid, with_normals, counted)
     if weights.normal_head:
-        terms["normal_head"] = normal_head_loss(prediction.normals, target.local_points, smooth)
+        true_normals, defined = normal_head_target(target.local_points, smooth, targets.normals)
+        terms["normal_head"] = normal_head_loss(prediction.normals, true_normals, defined)
+        counts["normal_pixels"] = defined.sum()
     if prediction.confidence is not None:
         terms["confidence"] = confidence_loss(prediction.confidence, error, valid, targets.sky)
 
     factors = weights.factors()
     total = torch.stack([factors[name] * term for name, term in terms.items()]).sum()
-    return GeometryLosses(total, terms, scale, _counts(valid, with_normals, counted))
+    return GeometryLosses(total, terms, scale, counts)
 
 
 def _counts(valid: Tensor, with_normals: Tensor, counted: Tensor) -> dict[str, Tensor]:
@@ -402,20 +419,32 @@ def _smooth(angle: Tensor) -> Tensor:
     return torch.where(angle < beta, angle.square() / (2 * beta), angle - beta / 2)
 
 
-def normal_head_loss(normals: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean angle in radians between predicted unit normals and the normals of the true points.
+def normal_head_target(target: Tensor, mask: Tensor, normals: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the normal head should predict, and where.
 
     Args:
-        normals: (..., S, H, W, 3) in the camera frame.
         target: true local points (..., S, H, W, 3).
-        mask: (..., S, H, W), from `normal_mask`; a pixel also needs a true normal (`pointmaps.normals_from_points`).
+        mask: (..., S, H, W), from `normal_mask`.
+        normals: exact normals (..., S, H, W, 3); None derives them from the points of the mask.
+
+    Returns:
+        normals (..., S, H, W, 3) and where they are defined (..., S, H, W).
+    """
+    return normals_from_points(target, mask) if normals is None else (normals, mask)
+
+
+def normal_head_loss(normals: Tensor, target: Tensor, defined: Tensor) -> Tensor:
+    """Mean angle in radians between predicted and true unit normals.
+
+    Args:
+        normals, target: (..., S, H, W, 3) in the camera frame.
+        defined: (..., S, H, W), pixels to count, from `normal_head_target`.
 
     Returns:
         A scalar.
     """
-    true, defined = normals_from_points(target, mask)
-    normals = torch.where(defined[..., None], normals, 0)
-    return masked_mean(_angle(normals, true), defined)
+    normals, target = (torch.where(defined[..., None], vectors, 0) for vectors in (normals, target))
+    return masked_mean(_angle(normals, target), defined)
 
 
 def camera_losses(cam_to_world: Tensor, target: Tensor, scale: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from geometry.losses import (
     depth_weights,
     masked_mean,
     normal_head_loss,
+    normal_head_target,
     normal_loss,
     normal_mask,
     normalize_prediction,
@@ -199,7 +200,9 @@ def test_normal_head_loss_by_hand() -> None:
     mask[0, :, 0] = False
     normals = torch.tensor([0, math.sin(0.2), -math.cos(0.2)], dtype=F64).repeat(1, 5, 6, 1)
     normals[:, :, 0] = torch.nan
-    assert normal_head_loss(normals, truth, mask).item() == pytest.approx(0.2)
+    assert normal_head_loss(normals, *normal_head_target(truth, mask, None)).item() == pytest.approx(0.2)
+    exact = torch.tensor([0, 0, -1], dtype=F64).expand_as(normals)
+    assert normal_head_loss(normals, *normal_head_target(truth, mask, exact)).item() == pytest.approx(0.2)
 
 
 def test_confidence_loss_by_hand() -> None:
@@ -257,9 +260,8 @@ def test_camera_gradient() -> None:
 
 def test_normal_head_gradient() -> None:
     targets, prediction, target, _ = scene_for_gradients()
-    assert torch.autograd.gradcheck(
-        lambda normals: normal_head_loss(normals, target.local_points, targets.valid), prediction.normals
-    )
+    truth = normal_head_target(target.local_points, targets.valid, None)
+    assert torch.autograd.gradcheck(lambda normals: normal_head_loss(normals, *truth), prediction.normals)
 
 
 def test_confidence_gradient() -> None:

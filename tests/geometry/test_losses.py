@@ -16,6 +16,7 @@ from geometry import (
     losses,
 )
 from geometry.losses import (
+    TERM_COUNTS,
     counted_samples,
 )
 from tests.geometry.scenes import (
@@ -105,9 +106,12 @@ def test_absent_outputs_have_no_term() -> None:
 def test_counts() -> None:
     targets = empty_sample(random_targets(4, views=3, size=(5, 6)), 1)
     targets = replace(targets, normal_enabled=torch.tensor([True, True, True, False]))
-    counts = geometry_losses(noisy_prediction(targets), targets, EVERYTHING).counts
+    result = geometry_losses(noisy_prediction(targets), targets, EVERYTHING)
+    counts = {name: int(count) for name, count in result.counts.items()}
+    assert 0 < counts.pop("normal_pixels") <= counts["pixels"]
     expected = {"samples": 3, "pixels": int(targets.valid.sum()), "normal_blocks": 2 * 3 * 20, "camera_pairs": 3 * 6}
-    assert {name: int(count) for name, count in counts.items()} == expected
+    assert counts == expected
+    assert {TERM_COUNTS[term] for term in result.terms} <= result.counts.keys()
     assert counted_samples(targets.valid).tolist() == [True, False, True, True]
 
 

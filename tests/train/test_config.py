@@ -1,0 +1,88 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from g2vlm.errors import InputError
+from train.config import RunConfig, load_config, parse, save_config
+from train.loop import preset_with
+from train.trainable import GROUPS
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*stage1*.yaml")) + sorted((ROOT / "configs/ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_parses(file: Path, tmp_path: Path) -> None:
+    config = load_config(file)
+    assert config.trainable.keys() <= GROUPS.keys()
+    if isinstance(config.model, dict):
+        assert preset_with(dict(config.model)).to_dict() != preset_with({}).to_dict()
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_the_default_config_is_the_defaults() -> None:
+    assert load_config(ROOT / "configs/tiny_stage1.yaml") == RunConfig() == parse([])[0]
+
+
+def test_paper_scale_values() -> None:
+    low, high = (load_config(ROOT / f"configs/stage1_{size}.yaml") for size in (224, 518))
+    assert (low.runtime.steps, low.optim.lr, low.schedule.warmup) == (100_000, 2e-4, 5000)
+    assert (high.runtime.steps, high.optim.lr, high.data.width, high.data.aspect) == (20_000, 5e-4, 518, (0.5, 1.0))
+    for config in (low, high):
+        assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.95), 1e-15, 0)
+        assert config.schedule.final_lr == 1e-7
+        assert config.objectives.geometry is not None
+        assert (config.objectives.geometry.translation, config.objectives.geometry.camera) == (200, 0.2)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("optim: {lr: 5e-4, clip: 2}\nobjectives: {geometry: {camera: 0.3}}\n")
+    config, _ = parse(["--config", str(tmp_path / "run.yaml"), "--optim.lr", "1e-4", "--data.views", "[3, 5]"])
+    default = RunConfig()
+    assert config.optim == replace(default.optim, lr=1e-4, clip=2.0)
+    assert config.objectives.geometry == replace(default.objectives.geometry, camera=0.3)
+    assert config.data == replace(default.data, views=(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("optm: {lr: 1}", "optim.lr"),
+        ("optim: {lrr: 1}", "optim.lr"),
+        ("objectives: {geometry: {camra: 1}}", "objectives.geometry.camera"),
+        ("data: {source: {nam: rooms}}", "data.source.name"),
+        ("runtime: {step: 3}", "runtime.steps"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(tmp_path: Path, text: str, near: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert caught.value.fix == f"did you mean {near}?"
+    assert caught.value.what.startswith("unknown config key")
+
+
+def test_unknown_options_name_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"did you mean optim\.lr\?"):
+        parse(["--optim.lrr", "1e-4"])
+
+
+@pytest.mark.parametrize(
+    "text", ["optim: {lr: fast}", "runtime: {steps: 1.5}", "runtime: {resume: yes}", "optim: [", "3"]
+)
+def test_wrong_values_are_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert caught.value.what
+    assert "\n" not in caught.value.why
+
+
+def test_model_overrides() -> None:
+    config = preset_with({"preset": "tiny", "encoders": "single", "decoder": {"num_layers": 2}})
+    assert (config.encoders, config.decoder.num_layers, config.decoder.hidden_size) == ("single", 2, 128)
+    for wrong in ({"encoder": "single"}, {"decoder": {"layers": 2}}, {"preset": "huge"}, {"decodr": {"num_layers": 2}}):
+        with pytest.raises(InputError):
+            preset_with(wrong)

@@ -1,0 +1,147 @@
+"""Two gloo processes against one: the joined batch's loss and gradients, and agreement about bad batches."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+
+from tests.train.runs import mini_batch, mini_trainer, train_on
+from train import engine as engines
+from train.config import GeometryConfig
+from train.objectives.geometry import GeometryObjective
+from train.optim import set_learning_rate
+from train.state import Checkpoints, load_state, model_state, optimizer_state, save_state, verify
+
+WORLD = 2
+STEPS = 2
+
+
+def gradients(trainer: Any, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """Gradients of one step, before clipping; nothing is changed."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(parameters: Any, max_norm: float) -> torch.Tensor:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                kept[name] = trainer.engine.whole(parameter.grad)
+        return torch.tensor(torch.nan)
+
+    clip, trainer.engine.clip = trainer.engine.clip, keep
+    train_on(trainer, model, [batch])
+    trainer.engine.clip = clip
+    return kept
+
+
+def run(trainer: Any, model: Any, rank: int, world: int) -> dict[str, Any]:
+    """What a process reports: gradients, then losses of a few steps, then the weights."""
+    grads = gradients(trainer, model, mini_batch(0, rank, world))
+    results = train_on(trainer, model, [mini_batch(step, rank, world) for step in range(STEPS)])
+    weights = {name: trainer.engine.whole(parameter) for name, parameter in model.named_parameters()}
+    return {"gradients": grads, "losses": [result.loss for result in results], "weights": weights}
+
+
+class PoisonedGradient(GeometryObjective):
+    """The geometry loss with a gradient that is not a number."""
+
+    def __init__(self) -> None:
+        super().__init__(GeometryConfig())
+
+    def __call__(self, output: Any, batch: Any) -> Any:
+        output.geometry[0].local_points.register_hook(lambda gradient: gradient * torch.nan)
+        return super().__call__(output, batch)
+
+
+def on_bad_batches(trainer: Any, model: Any, rank: int) -> dict[str, Any]:
+    """Only one rank is bad, or wants to stop; and ranks with different view counts."""
+    batch = mini_batch(0, rank, WORLD)
+    if rank == 1:
+        batch.depth[0, 0, 3, 3] = torch.nan
+    (nan,) = train_on(trainer, model, [batch])
+    good = trainer.objectives
+    if rank == 0:
+        trainer.objectives = [PoisonedGradient()]
+    (gradient,) = train_on(trainer, model, [mini_batch(0, rank, WORLD)])
+    trainer.objectives = good
+    (stop,) = train_on(trainer, model, [mini_batch(0, rank, WORLD)], stop=rank == 1)
+    (uneven,) = train_on(trainer, model, [mini_batch(0, rank, WORLD, views=(2 + rank, 2 + rank))])
+    return {"dropped": [nan.dropped, gradient.dropped, uneven.dropped], "stop": stop.stop, "loss": uneven.loss}
+
+
+def saved_and_resumed(engine: Any, trainer: Any, model: Any, folder: Path) -> list[float]:
+    """The losses of a step after resuming from a checkpoint, and of the same step without."""
+    checkpoints = Checkpoints(folder)
+    save_state(checkpoints, 7, engine, model, trainer.optimizer, {"guard": 1})
+    verify(checkpoints.path(7))
+    other, twin = mini_trainer(engine, lr=1e-2)
+    train_on(other, twin, [mini_batch(3, engine.rank, WORLD)])
+    assert load_state(checkpoints.path(7), engine, twin, other.optimizer)["guard"] == 1
+    steps = [mini_batch(step, engine.rank, WORLD) for step in (4, 5)]
+    set_learning_rate(other.optimizer, 1e-3)
+    return [train_on(*pair, steps)[1].loss for pair in ((other, twin), (trainer, model))]
+
+
+def process(rank: int, name: str, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with engines.engine(name, "cpu") as engine:
+        trainer, model = mini_trainer(engine)
+        report = run(trainer, model, rank, WORLD)
+        report["resumed"] = saved_and_resumed(engine, trainer, model, folder / "checkpoints")
+        trainer, model = mini_trainer(engine)
+        report |= on_bad_batches(trainer, model, rank)
+        state = trainer.optimizer.state
+        report["sharded"] = any(isinstance(p, DTensor) for p in state)
+        torch.save(report, folder / f"{rank}.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
+    spawned: Any = mp.spawn(process, (name, free_port(), tmp_path), nprocs=WORLD, join=False)
+    alone = run(*mini_trainer(), 0, 1)
+    while not spawned.join(timeout=60):
+        pass
+    reports = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    for report in reports:
+        assert report["sharded"] == (name == "fsdp2")
+        assert report["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert report["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
+        assert report["gradients"].keys() == alone["gradients"].keys()
+        for key, gradient in alone["gradients"].items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(report["gradients"][key], gradient, rtol=0, atol=max(1e-5 * scale, 1e-5))
+        assert report["dropped"] == ["nonfinite", "nonfinite", None]
+        assert report["stop"]
+        assert report["resumed"][0] == report["resumed"][1]
+    assert reports[0]["loss"] == reports[1]["loss"]
+    for key in reports[0]["weights"]:
+        assert torch.equal(reports[0]["weights"][key], reports[1]["weights"][key]), key
+
+
+def test_sharded_checkpoints_fit_one_process(tmp_path: Path) -> None:
+    """Without torchrun: a group of one; its checkpoint is that of a single process."""
+    batches = [mini_batch(step) for step in range(3)]
+    with engines.engine("fsdp2", "cpu") as engine:
+        trainer, model = mini_trainer(engine)
+        train_on(trainer, model, batches[:2])
+        save_state(Checkpoints(tmp_path), 2, engine, model, trainer.optimizer, {})
+        weights, moments = model_state(engine, model), optimizer_state(engine, model, trainer.optimizer)
+        (expected,) = train_on(trainer, model, batches[2:])
+    alone, plain = mini_trainer()
+    load_state(Checkpoints(tmp_path).path(2), alone.engine, plain, alone.optimizer)
+    for name, tensor in model_state(alone.engine, plain).items():
+        assert torch.equal(tensor, weights[name]), name
+    for name, tensor in optimizer_state(alone.engine, plain, alone.optimizer).items():
+        assert torch.equal(tensor, moments[name]), name
+    assert train_on(alone, plain, batches[2:])[0].loss == pytest.approx(expected.loss, rel=1e-5)

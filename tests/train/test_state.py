@@ -1,0 +1,235 @@
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import g2vlm
+from g2vlm.errors import CheckpointError, InputError, ResourceError, Stopped, TrainingAborted
+from tests.train.worker import mini_run, run
+from train import state
+from train.config import GuardConfig
+from train.state import MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoints, verify
+
+FILES = (MODEL, OPTIMIZER, STATE, "config.json")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of six steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(mini_run(keep=3), folder)
+    return folder
+
+
+def equal_runs(one: Path, other: Path, step: int = 6) -> None:
+    for name in FILES[:2]:
+        a, b = (folder / f"checkpoints/step-{step:08d}" / name for folder in (one, other))
+        assert a.read_bytes() == b.read_bytes(), name
+    a, b = (json.loads((folder / f"checkpoints/step-{step:08d}" / STATE).read_text()) for folder in (one, other))
+    assert {**a, "config": None} == {**b, "config": None}
+    assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    assert Checkpoints(finished / "checkpoints").steps() == [2, 4, 6]
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
+    assert {"loss", "points", "rotation", "lr", "grad_norm", "dropped", "views", "size"} <= lines[0].keys()
+    assert not list(finished.rglob(".*"))
+    for folder in (finished / "model", finished / "checkpoints/step-00000006"):
+        prediction = g2vlm.load(folder, device="cpu").predict(torch.rand(2, 3, 28, 28))
+        assert prediction.local_points.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_resumed_is_undisturbed(finished: Path, tmp_path: Path, steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    for step in range(2, steps + 1, 2):
+        shutil.copytree(finished / f"checkpoints/step-{step:08d}", tmp_path / f"run/checkpoints/step-{step:08d}")
+    log = (finished / "log.jsonl").read_text()
+    (tmp_path / "run/log.jsonl").write_text(log + '{"torn')
+    with caplog.at_level(logging.INFO):
+        run(mini_run(keep=3, resume="auto"), tmp_path / "run")
+    assert f"going on from {tmp_path}/run/checkpoints/step-{steps:08d}" in caplog.text
+    equal_runs(finished, tmp_path / "run")
+
+
+def test_workers_do_not_change_a_run(finished: Path, tmp_path: Path) -> None:
+    run(mini_run(keep=3, workers=2), tmp_path / "run")
+    equal_runs(finished, tmp_path / "run")
+
+
+def cut(file: Path, other: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path, other: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip_bit(file: Path, other: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[random.Random(len(content)).randrange(len(content))] ^= 4
+    file.write_bytes(content)
+
+
+def grow(file: Path, other: Path) -> None:
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+def zero_end(file: Path, other: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-40] + bytes(40))
+
+
+def remove(file: Path, other: Path) -> None:
+    file.unlink()
+
+
+def swap(file: Path, other: Path) -> None:
+    shutil.copy(other / file.name, file)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip_bit, grow, zero_end, remove, swap])
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_damaged_checkpoints_are_refused(finished: Path, tmp_path: Path, name: str, damage) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (4, 6):
+        shutil.copytree(finished / f"checkpoints/step-{step:08d}", checkpoints.path(step))
+    file = checkpoints.path(6) / name
+    before = file.read_bytes()
+    damage(file, checkpoints.path(4))
+    newest, refused = checkpoints.newest()
+    if file.exists() and file.read_bytes() == before:
+        assert newest == 6  # the config is the same in both
+        return
+    assert newest == 4
+    assert name in refused[6]
+    with pytest.raises(CheckpointError, match=name):
+        verify(checkpoints.path(6))
+
+
+def test_swapped_folders_are_refused(finished: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    shutil.copytree(finished / "checkpoints/step-00000004", checkpoints.path(6))
+    assert checkpoints.newest() == (
+        None,
+        {6: f"refused {checkpoints.path(6)}: {MANIFEST} belongs to another checkpoint"},
+    )
+
+
+def test_resume_passes_over_a_damaged_checkpoint(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    cut(tmp_path / "run/checkpoints/step-00000006" / OPTIMIZER, tmp_path)
+    run(mini_run(keep=3, resume="auto"), tmp_path / "run")
+    assert f"step-00000006: {OPTIMIZER} has" in caplog.text
+    assert (tmp_path / "run/checkpoints/refused-step-00000006").is_dir()
+    equal_runs(finished, tmp_path / "run")
+
+
+def test_another_model_or_other_groups_are_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another model"):
+        run(replace(mini_run(resume="auto"), model="tiny"), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="it trained"):
+        run(replace(mini_run(resume="auto"), trainable={"geometry_heads": 1.0}), tmp_path / "run")
+
+
+def test_only_the_newest_are_kept(finished: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 12):
+        checkpoints.write(step, lambda folder: (folder / "file").write_text("x") and None)
+    assert checkpoints.steps() == [3, 12]
+
+
+@pytest.mark.parametrize(("number", "error"), [(28, ResourceError), (30, InputError)])  # ENOSPC, EROFS
+def test_failed_writes_leave_the_last_checkpoint(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(state, "save_file", fail)
+    with pytest.raises(error):
+        run(mini_run(keep=3, resume="auto"), folder)
+    assert Checkpoints(folder / "checkpoints").newest() == (4, {})
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_abort_saves_the_state(tmp_path: Path) -> None:
+    config = replace(mini_run(20, checkpoint_every=0), guards=GuardConfig(spike=1e-6, max_dropped_in_a_row=3))
+    with pytest.raises(TrainingAborted, match="4 in a row"):
+        run(config, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").newest() == (6, {})
+
+
+def test_unreadable_scenes_end_the_run_above_the_quota(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(TrainingAborted, match="could not be read"):
+        run(mini_run(20), tmp_path, num_scenes=4, broken=frozenset({1, 2}))
+    assert caplog.text.count("passed over box_rooms/1") <= 1
+    entry = json.loads((tmp_path / "bad_samples.jsonl").read_text().splitlines()[0])
+    assert entry["scene"] in ("box_rooms/1", "box_rooms/2")
+
+
+def start_worker(folder: Path, steps: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.train.worker", str(folder), str(steps)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
+    log = folder / "log.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= steps):
+        time.sleep(0.002)
+
+
+def test_sigterm_saves_and_exits_75(finished: Path, tmp_path: Path) -> None:
+    process = start_worker(tmp_path / "run", 1000)
+    wait_for_steps(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == Stopped.code == 75, text
+    newest, refused = Checkpoints(tmp_path / "run/checkpoints").newest()
+    assert newest is not None
+    assert f"stopped after step {newest}" in text
+    assert not refused
+
+
+def kill_and_finish(finished: Path, folder: Path, kills: int, seed: int) -> None:
+    """Kill a run at random moments, resume it each time, and compare it with the undisturbed one."""
+    moments = random.Random(seed)
+    for _ in range(kills):
+        process = start_worker(folder, 6)
+        wait_for_steps(folder, moments.randrange(1, 6), process)
+        time.sleep(moments.random() * 0.1)
+        process.kill()
+        process.communicate(timeout=60)
+    process = start_worker(folder, 6)
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    equal_runs(finished, folder)
+
+
+def test_sigkill(finished: Path, tmp_path: Path) -> None:
+    kill_and_finish(finished, tmp_path / "run", kills=1, seed=1)
+
+
+@pytest.mark.slow
+def test_sigkill_many_times(finished: Path, tmp_path: Path) -> None:
+    for seed in range(5):
+        kill_and_finish(finished, tmp_path / f"run-{seed}", kills=5, seed=seed)

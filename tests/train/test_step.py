@@ -1,0 +1,138 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from g2vlm.errors import InputError, TrainingAborted
+from tests.train.runs import MULTIPLIERS, mini_batch, mini_model, mini_trainer, train_on
+from train.config import GuardConfig, ScheduleConfig
+from train.objectives.geometry import recon_batch_inputs
+from train.optim import learning_rate
+from train.step import Guard
+from train.trainable import GROUPS, checkpoint_activations, group_of, set_trainable
+
+
+def test_overfitting_one_batch() -> None:
+    trainer, model = mini_trainer(lr=2e-3)
+    results = train_on(trainer, model, [mini_batch(images_per_step=2)] * 120)
+    assert results[-1].loss < results[0].loss / 10
+    assert set(results[0].terms) == {"points", "normal", "translation", "rotation", "global_points", "normal_head"}
+    for name, value in results[-1].terms.items():
+        assert name == "normal" or value < results[0].terms[name] / 4, name  # few pixels lie off the edges at this size
+
+
+def test_frozen_groups_do_not_move() -> None:
+    trainer, model = mini_trainer()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train_on(trainer, model, [mini_batch(step) for step in range(2)])
+    moved = {group_of(name) for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == set(MULTIPLIERS)
+
+
+def test_every_parameter_has_a_group() -> None:
+    names = [name for name, _ in mini_model().named_parameters()]
+    assert {group_of(name) for name in names} == set(GROUPS)
+
+
+def test_trainable_groups_and_multipliers() -> None:
+    trainer, _ = mini_trainer(multipliers={"geometry_heads": 1.0, "projection": 0.5, "lm_head": 0.0})
+    assert [(group["name"], group["multiplier"]) for group in trainer.optimizer.param_groups] == [
+        ("geometry_heads", 1.0),
+        ("projection", 0.5),
+    ]
+    with pytest.raises(InputError, match="did you mean geometric_expert"):
+        set_trainable(mini_model(), {"geometrc_expert": 1})
+    with pytest.raises(InputError, match="no such parameters"):
+        set_trainable(mini_model(encoders="single"), {"geometry_encoder": 1, "geometry_heads": 1})
+
+
+def test_spike_contributes_zero() -> None:
+    trainer, model = mini_trainer()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    (result,) = train_on(trainer, model, [mini_batch()], spike=1e-3)
+    assert (result.dropped, result.grad_norm) == ("spike", 0)
+    assert math.isfinite(result.loss)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert train_on(trainer, model, [mini_batch()], spike=1e6)[0].dropped is None
+
+
+@pytest.mark.parametrize("place", ["target", "gradient"])
+def test_nonfinite_steps_change_nothing(place: str) -> None:
+    trainer, model = mini_trainer()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    batch = mini_batch()
+    if place == "target":
+        depth = batch.depth.clone()
+        depth[0, 0, 3, 3] = torch.nan
+        batch = replace(batch, depth=depth)
+    else:
+        model.heads.point_head.proj.weight.register_hook(lambda gradient: gradient * torch.nan)
+    (result,) = train_on(trainer, model, [batch])
+    assert result.dropped == "nonfinite"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert not trainer.optimizer.state
+
+
+def test_guard_counts_and_aborts() -> None:
+    guard = Guard(GuardConfig(window=10, max_dropped_share=0.2, max_dropped_in_a_row=5))
+    for step in range(30):
+        guard.check_step(step, "spike" if step % 5 == 0 else None)
+    assert guard.dropped == 6
+    restored = Guard(guard.config)
+    restored.restore(guard.state())
+    assert restored == guard
+    restored.check_step(30, "spike")
+    with pytest.raises(TrainingAborted, match="step 31"):
+        restored.check_step(31, "nonfinite")
+    assert TrainingAborted.code == 6
+
+
+def test_guard_aborts_on_a_row() -> None:
+    guard = Guard(GuardConfig(max_dropped_in_a_row=3))
+    for step in range(3):
+        guard.check_step(step, "nonfinite")
+    with pytest.raises(TrainingAborted, match="4 in a row"):
+        guard.check_step(3, "nonfinite")
+
+
+def test_guard_has_a_quota_of_unreadable_scenes() -> None:
+    guard = Guard(GuardConfig(max_bad_scenes_share=0.1))
+    guard.check_scenes(95, 5)
+    with pytest.raises(TrainingAborted, match="could not be read"):
+        guard.check_scenes(10, 10)
+
+
+def test_learning_rate() -> None:
+    schedule = ScheduleConfig(warmup=10, final_lr=1e-6)
+    rates = [learning_rate(step, 100, 1e-3, schedule) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9] == rates[10] == 1e-3
+    assert rates[-1] == pytest.approx(1e-6)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(99, 100, 1e-3, replace(schedule, kind="constant")) == 1e-3
+
+
+def test_mixed_attention_follows_the_coin() -> None:
+    batch = mini_batch()
+    mixed, config = mini_model(geometry_attention="mixed").config, mini_model().config
+    plans = [recon_batch_inputs(batch, mixed, coin, False)["sequence"].plan for coin in (False, True)]
+    assert plans[0] == recon_batch_inputs(batch, config, True, False)["sequence"].plan
+    frame = mini_model(geometry_attention="frame").config
+    assert plans[1] == recon_batch_inputs(batch, frame, False, False)["sequence"].plan
+    assert plans[0] != plans[1]
+
+
+@pytest.mark.parametrize("encoders", ["dual", "single"])
+def test_recomputed_activations_give_the_same_gradients(encoders: str) -> None:
+    groups = {**MULTIPLIERS, "semantic_encoder": 1.0}
+    if encoders == "single":
+        del groups["geometry_encoder"]
+    norms = []
+    for recompute in (False, True):
+        trainer, model = mini_trainer(multipliers=groups, encoders=encoders)
+        if recompute:
+            checkpoint_activations(model)
+        batch = mini_batch(side_multiple_of=28)
+        norms.append(train_on(trainer, model, [batch] * 2)[1])
+    assert norms[0] == norms[1]

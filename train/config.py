@@ -1,0 +1,283 @@
+"""A training run as data: frozen dataclasses, read from one YAML file and dotted overrides, checked strictly.
+
+The defaults are those of configs/tiny_stage1.yaml: a run without any file trains the tiny preset on a CPU.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from g2vlm.errors import InputError
+from geometry import GeometryLossWeights
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tiny_stage1.yaml"
+
+
+@dataclass(frozen=True)
+class GeometryConfig(GeometryLossWeights):
+    """The stage-1 objective: `weight` times the geometry loss with these weights of its terms."""
+
+    normal_head: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """What the model is trained for; an absent objective is off.
+
+    Args:
+        geometry: points, normals and cameras (G2VLM eq. 2).
+    """
+
+    geometry: GeometryConfig | None = field(default_factory=GeometryConfig)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where scenes come from.
+
+    Args:
+        name: of a source in g2vlm.data.registry.
+        root: its folder; none for `rooms`.
+        options: further arguments of the source.
+    """
+
+    name: str = "rooms"
+    root: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a step sees.
+
+    Args:
+        source: of the training scenes.
+        validation: of the validation scenes; null validates nothing.
+        views: fewest and most views of a scene, one number per step.
+        width: of every view in pixels.
+        aspect: lowest and highest height / width, one per step.
+        images_per_step: views in a step over all processes; a step takes as many whole scenes as fit.
+        scenes_multiple_of: the number of processes, or a multiple of it.
+        color_augmentation: vary brightness, contrast, saturation, hue, and drop the colour now and then.
+    """
+
+    source: SourceConfig = field(default_factory=SourceConfig)
+    validation: SourceConfig | None = field(default_factory=lambda: SourceConfig(options={"split": "heldout"}))
+    views: tuple[int, int] = (2, 4)
+    width: int = 84
+    aspect: tuple[float, float] = (1.0, 1.0)
+    images_per_step: int = 12
+    scenes_multiple_of: int = 1
+    color_augmentation: bool = True
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run: linear warm-up to the peak, then cosine (or constant) to the end.
+
+    Args:
+        kind: shape after the warm-up.
+        warmup: steps.
+        final_lr: at the last step, before multipliers; for `cosine`.
+    """
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 50
+    final_lr: float = 1e-6
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW.
+
+    Args:
+        lr: peak learning rate of a group with multiplier 1.
+        betas, eps, weight_decay: AdamW's.
+        clip: largest gradient norm.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is done about bad steps.
+
+    Args:
+        spike: after the warm-up, a batch whose loss exceeds this contributes zero (G2VLM appendix); null: never.
+        window, max_dropped_share: the run stops when more than this share of the last `window` steps was dropped.
+        max_dropped_in_a_row: the run stops after more dropped steps than this without a good one.
+        max_bad_scenes_share: the run stops when more than this share of the scenes asked for was unreadable.
+    """
+
+    spike: float | None = 10.0
+    window: int = 200
+    max_dropped_share: float = 0.2
+    max_dropped_in_a_row: int = 20
+    max_bad_scenes_share: float = 0.1
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the run is carried out.
+
+    Args:
+        steps: length of the run.
+        seed: of weights, data and everything else random.
+        output: folder of the run; by default runs/<name of the config file>.
+        resume: `auto`: go on from the newest checkpoint of `output` that verifies; null: start anew.
+        engine: `auto`: DDP, or fsdp2 on GPUs; `ddp`: float32 replicas; `fsdp2`: sharded, bfloat16 on GPUs.
+        device: cpu, cuda; by default a GPU when there is one.
+        workers: loader processes per training process.
+        gradient_checkpointing: recompute activations in backward.
+        log_every, checkpoint_every, validate_every: intervals in steps; 0 = never.
+        validation_steps: batches of a validation.
+        keep: checkpoints to keep.
+    """
+
+    steps: int = 1500
+    seed: int = 0
+    output: str | None = None
+    resume: Literal["auto"] | None = None
+    engine: Literal["auto", "ddp", "fsdp2"] = "auto"
+    device: Literal["cpu", "cuda"] | None = None
+    workers: int = 0
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    checkpoint_every: int = 500
+    validate_every: int = 250
+    validation_steps: int = 8
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run.
+
+    Args:
+        model: a preset, a checkpoint folder, or a mapping {preset: name, key: value, part: {key: value}}.
+        trainable: group of parameters -> multiplier of its learning rate; an absent group is frozen. Groups:
+            geometry_encoder, projection, geometric_expert, semantic_expert, embeddings, lm_head, geometry_heads,
+            semantic_encoder.
+        objectives: what is minimised.
+        data: what a step sees.
+        schedule: learning rate over the run.
+        optim: optimizer.
+        guards: what is done about bad steps.
+        runtime: how the run is carried out.
+    """
+
+    model: str | dict[str, Any] = "tiny"
+    trainable: dict[str, float] = field(
+        default_factory=lambda: {
+            "geometry_encoder": 1.0,
+            "projection": 1.0,
+            "geometric_expert": 1.0,
+            "geometry_heads": 1.0,
+        }
+    )
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def build_parser() -> ArgumentParser:
+    """The command line: `--config FILE` and one dotted option for every field."""
+    parser = ArgumentParser(
+        prog="train.run",
+        description="Train a model.\n\nexample: bash train/stage1_geometry.sh --optim.lr 1e-4 --runtime.steps 200",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_class_arguments(RunConfig, as_group=True)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
+    """The run that a command line asks for, and whether it wants tracebacks.
+
+    Raises:
+        InputError: an unknown key (the nearest valid one is named) or a value of the wrong type.
+    """
+    parser = build_parser()
+    try:
+        values = parser.parse_args([*arguments])
+        made = parser.instantiate(values)
+    except (ArgumentError, TypeError) as error:
+        raise _readable(error) from None
+    return RunConfig(**{f.name: made[f.name] for f in fields(RunConfig)}), bool(values.debug)
+
+
+def load_config(file: Path) -> RunConfig:
+    """The run that a YAML file describes; errors as in `parse`."""
+    return parse(["--config", str(file)])[0]
+
+
+def save_config(config: RunConfig, file: Path) -> None:
+    """Write the resolved run as YAML that `load_config` reads back."""
+    file.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as JSON types."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def known_keys(kind: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a run."""
+    keys = []
+    for entry in fields(kind):
+        keys.append(prefix + entry.name)
+        hint = get_type_hints(kind)[entry.name]
+        for part in (hint, *getattr(hint, "__args__", ())):
+            if is_dataclass(part) and isinstance(part, type):
+                keys += known_keys(part, f"{prefix}{entry.name}.")
+    return keys
+
+
+def _readable(error: Exception) -> InputError:
+    """jsonargparse's message as what, why and fix."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|[Kk]ey ')([\w.]+)", text)
+    place = re.search(r"Group '([\w.]+)'|Parser key \"([\w.]+)\"", text)
+    if unknown:
+        key = unknown[1] if place is None else f"{place[1] or place[2]}.{unknown[1]}"
+        near = nearest_key(key)
+        return InputError(
+            f"unknown config key {key}",
+            "no such option exists",
+            f"did you mean {near}?" if near else "bash train/stage1_geometry.sh --help lists the options",
+        )
+    return InputError("unusable config", text, "bash train/stage1_geometry.sh --help lists the options and their types")
+
+
+def nearest_key(key: str) -> str | None:
+    """The known dotted key most like a wrong one, or None when nothing is like it."""
+    keys = known_keys()
+    by_leaf = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    if near:
+        return near[0]
+    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)
+    return by_leaf[leaf[0]] if leaf else None

@@ -1,0 +1,179 @@
+"""What a run leaves to read: run.json, log.jsonl, speed.jsonl, bad_samples.jsonl, and lines on the console.
+
+log.jsonl holds only what follows from config and seed, so that an interrupted and resumed run has the log of an
+undisturbed one; times are in speed.jsonl.
+"""
+
+import json
+import logging
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.step import StepResult
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+PACKAGES = ("g2vlm", "torch", "transformers", "timm", "numpy", "safetensors")
+
+
+class RunLog:
+    """Writes the files of a run; does nothing on ranks other than 0.
+
+    Args:
+        folder: of the run.
+        active: whether this is rank 0.
+        done: steps of the checkpoint that the run goes on from; what the log says about later ones is removed.
+    """
+
+    def __init__(self, folder: Path, active: bool = True, done: int = 0):
+        self.folder, self.active = folder, active
+        self._named: set[str] = set()
+        if active:
+            for name in ("log.jsonl", "speed.jsonl", "bad_samples.jsonl"):
+                _keep(folder / name, done)
+
+    def step(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of log.jsonl."""
+        self._append("log.jsonl", {"schema": SCHEMA, "kind": "step", "step": step, **values})
+
+    def validation(self, step: int, terms: Mapping[str, float]) -> None:
+        """One line of log.jsonl and of the console."""
+        self._append("log.jsonl", {"schema": SCHEMA, "kind": "validation", "step": step, **terms})
+        if self.active:
+            log.info("validation at step %d: %s", step, _terms(terms))
+
+    def speed(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of speed.jsonl."""
+        self._append("speed.jsonl", {"schema": SCHEMA, "step": step, **values})
+
+    def bad_sample(self, step: int, scene: str, reason: str) -> None:
+        """One line of bad_samples.jsonl, and on the console the first time that the scene is met."""
+        self._append("bad_samples.jsonl", {"schema": SCHEMA, "step": step, "scene": scene, "reason": reason})
+        if self.active and scene not in self._named:
+            self._named.add(scene)
+            log.warning("passed over %s: %s", scene, reason.splitlines()[0])
+
+    def _append(self, name: str, entry: Mapping[str, Any]) -> None:
+        if self.active:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _keep(file: Path, done: int) -> None:
+    """Keep the lines up to a step; a line torn by a kill goes too."""
+    if not file.is_file():
+        return
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if _step(line) <= done]
+    shorter = file.with_suffix(".partial")
+    shorter.write_text("".join(kept), encoding="utf-8")
+    shorter.replace(file)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+@dataclass
+class Console:
+    """Prints a line per interval, with rates since the last line.
+
+    Args:
+        steps: length of the run.
+        every: interval in steps.
+    """
+
+    steps: int
+    every: int
+    waited: float = 0.0
+    views: int = 0
+    count: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, step: int, result: StepResult, rate: float, views: int, waited: float) -> dict[str, float] | None:
+        """Take note of a step (1 is the first); at the end of an interval prints its line and returns its rates."""
+        self.views, self.waited, self.count = self.views + views, self.waited + waited, self.count + 1
+        if not self.every or (step % self.every and step != self.steps):
+            return None
+        now = time.perf_counter()
+        seconds = now - self.since
+        rates = {
+            "views_per_second": self.views / seconds,
+            "steps_per_second": self.count / seconds,
+            "data_wait": self.waited / seconds,
+            "peak_memory_gb": _peak_memory(),
+        }
+        log.info(
+            "step %d/%d  loss %.4f  %s  lr %.1e  grad %.2f%s  %.1f views/s  data %.0f%%  %.1f GB  eta %s",
+            step, self.steps, result.loss, _terms(result.terms), rate, result.grad_norm,
+            f"  {result.dropped}: dropped" if result.dropped else "", rates["views_per_second"],
+            100 * rates["data_wait"], rates["peak_memory_gb"], _duration((self.steps - step) * seconds / self.count),
+        )  # fmt: skip
+        self.waited, self.views, self.count, self.since = 0.0, 0, 0, now
+        return rates
+
+
+def _terms(terms: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _peak_memory() -> float:
+    """Of this process in GB: on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def write_run(folder: Path, config: Mapping[str, Any], command: Sequence[str], device: str, world: int) -> None:
+    """run.json: everything that says what the run is; written before the first step."""
+    values = {
+        "schema": SCHEMA,
+        "command": list(command),
+        "config": config,
+        "commit": _commit(),
+        "device": device,
+        "processes": world,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "threads": torch.get_num_threads(),
+    }
+    (folder / "run.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any] | None:
+    """The checkout's commit and whether files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commit, status = (
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"hash": commit.strip(), "dirty": bool(status.strip())}

@@ -1,0 +1,37 @@
+"""AdamW over the trained groups, and the learning rate over the run."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from train.config import OptimConfig, ScheduleConfig
+
+
+def build_optimizer(
+    model: nn.Module, trained: Mapping[str, Sequence[str]], multipliers: Mapping[str, float], config: OptimConfig
+) -> torch.optim.AdamW:
+    """AdamW with one parameter group per trained group; a group's entry `multiplier` scales its learning rate."""
+    parameters = dict(model.named_parameters())
+    groups = [
+        {"params": [parameters[name] for name in names], "multiplier": multipliers[group], "name": group}
+        for group, names in trained.items()
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def learning_rate(step: int, steps: int, peak: float, config: ScheduleConfig) -> float:
+    """The rate of a step in [0, steps): linear from peak / warmup to the peak, then a half cosine to `final_lr`."""
+    if step < config.warmup:
+        return peak * (step + 1) / config.warmup
+    if config.kind == "constant":
+        return peak
+    progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
+    return config.final_lr + (peak - config.final_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["multiplier"]

@@ -1,0 +1,129 @@
+"""Command line of training: `python -m train.run`, normally through train/stage1_geometry.sh."""
+
+import logging
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from g2vlm.data.registry import build_source
+from g2vlm.data.types import SceneSource
+from g2vlm.errors import G2VLMError, InputError
+from train import engine as engines
+from train.config import DEFAULT_CONFIG, RunConfig, SourceConfig, parse, plain, save_config
+from train.log import write_run
+from train.loop import train
+
+log = logging.getLogger("train")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "PIL", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    disable_progress_bar()
+    debug = "--debug" in arguments
+    try:
+        carry_out([*arguments])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except G2VLMError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except Exception as error:
+        return _report_bug(error, debug)
+    return 0
+
+
+def carry_out(arguments: list[str]) -> None:
+    """Parse, open the data, train."""
+    chosen = config_file(arguments)
+    if chosen is None:
+        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+    config, _ = parse(arguments)
+    name = (chosen or DEFAULT_CONFIG).stem
+    with engines.engine(config.runtime.engine, config.runtime.device) as engine:
+        if engine.rank:
+            logging.getLogger().setLevel(logging.ERROR)
+        hint = "" if chosen else " (the default; choose another with --config configs/NAME.yaml)"
+        log.info("config %s%s", _relative(chosen or DEFAULT_CONFIG), hint)
+        folder = run_folder(config, name)
+        engine.barrier()
+        source = open_source(config.data.source)
+        validation = None if config.data.validation is None else open_source(config.data.validation)
+        if engine.rank == 0:
+            prepare(folder, config, arguments, str(engine.device), engine.world)
+        engine.barrier()
+        log.info("run in %s", folder)
+        train(config, engine, folder, source, validation)
+
+
+def config_file(arguments: Sequence[str]) -> Path | None:
+    """The last file that `--config` names."""
+    chosen = None
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            chosen = arguments[i + 1]
+        elif argument.startswith("--config="):
+            chosen = argument.removeprefix("--config=")
+    return None if chosen is None else Path(chosen)
+
+
+def run_folder(config: RunConfig, name: str) -> Path:
+    """The folder of a run: the one asked for when it is free or resumed, else a numbered sibling of it."""
+    folder = Path(config.runtime.output or Path("runs") / name)
+    if config.runtime.resume is not None:
+        return folder
+    number, free = 1, folder
+    while free.exists() and (not free.is_dir() or any(free.iterdir())):
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def prepare(folder: Path, config: RunConfig, arguments: Sequence[str], device: str, world: int) -> None:
+    """Make the folder and write what the run is.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+        write_run(folder, plain(config), ["python", "-m", "train.run", *arguments], device, world)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}", str(error), "choose another runtime.output") from None
+
+
+def open_source(config: SourceConfig) -> SceneSource:
+    """The source that a config names."""
+    return build_source(config.name, None if config.root is None else Path(config.root), **config.options)
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _report_bug(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    with tempfile.NamedTemporaryFile("w", prefix="g2vlm-train-", suffix=".log", delete=False) as file:
+        file.write(traceback.format_exc())
+    print(f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+    print(f"  why: this is a bug; the traceback is in {file.name}", file=sys.stderr)
+    print("  fix: please report it with that file", file=sys.stderr)
+    return G2VLMError.code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

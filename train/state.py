@@ -1,0 +1,295 @@
+"""Checkpoints that appear complete or not at all, and are trusted only after their manifest verifies.
+
+A checkpoint folder holds a model in our layout (model.safetensors, config.json: `g2vlm.load` reads it), the optimizer
+(optimizer.safetensors), the rest of the state (state.json) and, written last, manifest.json with the size and SHA-256
+of each file. It is written under a hidden name, synced to disk, and renamed once.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from g2vlm.errors import CheckpointError, InputError, ResourceError
+from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.weights import read_json
+from train.engine import Engine
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: that holds step-00000100 and so on.
+        keep: how many of the newest remain.
+    """
+
+    folder: Path
+    keep: int = 2
+
+    def path(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a folder, oldest first."""
+        return sorted(int(entry.name[5:]) for entry in self.folder.glob("step-*") if entry.name[5:].isdigit())
+
+    def newest(self) -> tuple[int | None, dict[int, str]]:
+        """The newest step whose checkpoint verifies (None without any), and why newer ones were refused."""
+        refused = {}
+        for step in reversed(self.steps()):
+            try:
+                verify(self.path(step))
+            except CheckpointError as error:
+                refused[step] = f"{error.what}: {error.why}"
+            else:
+                return step, refused
+        return None, refused
+
+    def set_aside(self, step: int) -> None:
+        """Rename a refused checkpoint, so that it is neither taken nor counted again."""
+        aside = self.folder / f"refused-{self.path(step).name}"
+        _discard(aside)
+        self.path(step).rename(aside)
+
+    def write(self, step: int, fill: Callable[[Path], None]) -> None:
+        """Make the checkpoint of a step from the files that `fill` puts into a folder; then drop old ones.
+
+        Raises:
+            ResourceError: the disk is full; older checkpoints are untouched.
+            InputError: the folder cannot be written.
+        """
+        staging = self.folder / f".step-{step:08d}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            staging.mkdir()
+            fill(staging)
+            _seal(staging, step)
+            _discard(self.path(step))
+            staging.rename(self.path(step))
+            _sync(self.folder)
+            for old in self.steps()[: -self.keep]:
+                _discard(self.path(old))
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceError(f"disk full while writing {self.path(step)}", str(error), "free space") from None
+            raise InputError(f"cannot write {self.path(step)}", str(error), "choose another runtime.output") from None
+
+    def _sweep(self) -> None:
+        """Remove what interrupted writes and removals left."""
+        for entry in self.folder.glob(".step-*"):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Sync every file, then write the manifest, then sync the folder."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        _sync(file)
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in files}
+    (folder / MANIFEST).write_text(_manifest(step, entries), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _manifest(step: int, entries: Mapping[str, Any]) -> str:
+    """The manifest's text, which also holds its own digest."""
+    values = {"schema": SCHEMA, "step": step, "files": entries}
+    return _json({**values, "sha256": hashlib.sha256(_json(values).encode()).hexdigest()})
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder; it loses its name first, so that half of it is never taken for a checkpoint."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.old")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+
+def verify(folder: Path) -> None:
+    """Check that a checkpoint is complete and undamaged.
+
+    Raises:
+        CheckpointError: it is not; the message names the file.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"refused {folder}", f"{MANIFEST} is missing")
+    try:
+        manifest = read_json(folder / MANIFEST)
+        step, files = manifest["step"], manifest["files"]
+        intact = (folder / MANIFEST).read_text(encoding="utf-8") == _manifest(step, files)
+    except (CheckpointError, KeyError, ValueError):
+        intact, step, files = False, 0, {}
+    if not intact:
+        raise CheckpointError(f"refused {folder}", f"{MANIFEST} is damaged")
+    expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    if folder.name != f"step-{step:08d}" or not {MODEL, OPTIMIZER, STATE, "config.json"} <= expected.keys():
+        raise CheckpointError(f"refused {folder}", f"{MANIFEST} belongs to another checkpoint")
+    for name, (size, digest) in expected.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise CheckpointError(f"refused {folder}", f"{name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"refused {folder}", f"{name} has {file.stat().st_size} bytes, not {size}")
+        if _digest(file) != digest:
+            raise CheckpointError(f"refused {folder}", f"{name} is damaged: its SHA-256 differs")
+
+
+# ---- what a checkpoint holds ----------------------------------------------------------------------------------------
+
+
+def save_state(
+    checkpoints: Checkpoints,
+    step: int,
+    engine: Engine,
+    model: G2VLMForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    rest: Mapping[str, Any],
+) -> None:
+    """Write the checkpoint of a step; called on all ranks, written by rank 0, failing on all ranks together.
+
+    Args:
+        checkpoints: of the run.
+        step: how many steps are done.
+        engine: that wrapped the model.
+        model: the model itself, not what `wrap` returned.
+        optimizer: over its parameters.
+        rest: JSON types; the generators' states are added.
+    """
+    weights = model_state(engine, model)
+    moments = optimizer_state(engine, model, optimizer)
+    state = {**rest, "schema": SCHEMA, "step": step, "random": random_state()}
+
+    def fill(folder: Path) -> None:
+        write_model(folder, weights, model)
+        save_file(moments, folder / OPTIMIZER, metadata={"format": "pt"})
+        (folder / STATE).write_text(_json(state), encoding="utf-8")
+
+    _on_first_rank(engine, lambda: checkpoints.write(step, fill))
+
+
+def _on_first_rank(engine: Engine, write: Callable[[], None]) -> None:
+    failure: Exception | None = None
+    if engine.rank == 0:
+        try:
+            write()
+        except (InputError, ResourceError) as error:
+            failure = error
+    failures = engine.sum(torch.tensor([float(failure is not None)], device=engine.device))
+    if failure is not None:
+        raise failure
+    if failures.item():
+        raise ResourceError("rank 0 could not write the checkpoint", "see its message")
+
+
+def load_state(
+    folder: Path, engine: Engine, model: G2VLMForConditionalGeneration, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Put a verified checkpoint into the model, the optimizer and the generators; returns the rest of the state.
+
+    Raises:
+        CheckpointError: it was made by another model, or trained other groups.
+    """
+    weights = load_file(folder / MODEL)
+    own = dict(model.state_dict())
+    _same_names(folder / MODEL, weights, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(engine.part(weights[name], tensor))
+    moments = load_file(folder / OPTIMIZER)
+    parameters = dict(model.named_parameters())
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for full_name, tensor in moments.items():
+        name, key = full_name.rsplit("/", 1)
+        if name not in parameters or id(parameters[name]) not in optimized:
+            raise CheckpointError(
+                f"cannot resume from {folder}", f"it trained {name}, this run does not", "use the same `trainable`"
+            )
+        parameter = parameters[name]
+        like = tensor if tensor.dim() == 0 else parameter
+        optimizer.state[parameter][key] = engine.part(tensor, like)
+    state = read_json(folder / STATE)
+    restore_random(state["random"])
+    return state
+
+
+def _same_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
+    differ = sorted(set(found) ^ set(wanted))
+    if differ:
+        why = f"{len(differ)} tensors differ, such as {', '.join(differ[:3])}"
+        raise CheckpointError(f"{file} is of another model", why, "resume with the config the run was started with")
+
+
+def model_state(engine: Engine, model: nn.Module) -> dict[str, Tensor]:
+    """Name -> full tensor on the CPU."""
+    return {name: engine.whole(tensor).contiguous() for name, tensor in model.state_dict().items()}
+
+
+def optimizer_state(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """ "parameter/moment" -> full tensor on the CPU."""
+    return {
+        f"{name}/{key}": engine.whole(value).contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def write_model(folder: Path, weights: Mapping[str, Tensor], model: G2VLMForConditionalGeneration) -> None:
+    """Weights and config in our layout."""
+    save_file(dict(weights), folder / MODEL, metadata={"format": "pt"})
+    config = model.config.to_diff_dict()
+    config["architectures"] = [G2VLMForConditionalGeneration.__name__]
+    (folder / "config.json").write_text(_json(config), encoding="utf-8")
+
+
+def random_state() -> dict[str, str]:
+    """The states of torch's generators as hexadecimal text; everything else random is drawn from the step number."""
+    states = {"cpu": bytes(torch.get_rng_state().numpy()).hex()}
+    if torch.cuda.is_available():
+        states["cuda"] = bytes(torch.cuda.get_rng_state().numpy()).hex()
+    return states
+
+
+def restore_random(states: Mapping[str, str]) -> None:
+    """From what `random_state` gave; a state for a device that is absent is passed over."""
+    torch.set_rng_state(_bytes(states["cpu"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(states["cuda"]))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

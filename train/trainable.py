@@ -1,0 +1,74 @@
+"""Which parameters train: named groups with learning-rate multipliers, in place of mode flags."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from g2vlm.errors import InputError
+
+GROUPS = {
+    "geometry_encoder": r"geometry_encoder\.",
+    "projection": r"geometry_projection\.",
+    "geometric_expert": r"decoder\.(layers\.\d+\.geometric|geometric_norm)\.",
+    "semantic_expert": r"decoder\.(layers\.\d+\.semantic|semantic_norm)\.",
+    "embeddings": r"embed_tokens\.",
+    "lm_head": r"lm_head\.",
+    "geometry_heads": r"heads\.",
+    "semantic_encoder": r"semantic_encoder\.",
+}
+"""Group -> pattern that the names of its parameters start with."""
+
+NEVER_TRAINED = ("geometry_encoder.mask_token",)
+"""Belongs to the weights' layout and takes no part in the computation."""
+
+_CHECKPOINTED = ("MoTLayer", "FrameBlock", "ContextBlock", "Qwen2VLVisionBlock", "Attention", "Mlp")
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter of the model."""
+    return next(group for group, pattern in GROUPS.items() if re.match(pattern, name))
+
+
+def set_trainable(model: nn.Module, multipliers: Mapping[str, float]) -> dict[str, list[str]]:
+    """Freeze every group that is absent or has multiplier 0, and train the others.
+
+    Returns:
+        Group -> names of its trained parameters.
+
+    Raises:
+        InputError: an unknown group, or one that this model has no parameters of.
+    """
+    for group in multipliers:
+        if group not in GROUPS:
+            near = difflib.get_close_matches(group, GROUPS, n=1)
+            fix = f"did you mean {near[0]}?" if near else f"groups: {', '.join(GROUPS)}"
+            raise InputError(f"unknown group trainable.{group}", "no such parameters exist", fix)
+    trained: dict[str, list[str]] = {group: [] for group, factor in multipliers.items() if factor > 0}
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        parameter.requires_grad_(group in trained and name not in NEVER_TRAINED)
+        if parameter.requires_grad:
+            trained[group].append(name)
+    empty = [group for group, names in trained.items() if not names]
+    if empty:
+        raise InputError(
+            f"trainable.{empty[0]} trains nothing",
+            "this model has no such parameters",
+            "leave the group out (the single encoder is semantic_encoder)",
+        )
+    if not trained:
+        raise InputError("nothing to train", "trainable is empty", f"name groups of: {', '.join(GROUPS)}")
+    return trained
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute the inside of every block in backward instead of keeping it."""
+    for module in model.modules():
+        if type(module).__name__ in _CHECKPOINTED:
+            recomputed: Any = partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = recomputed
