@@ -37,6 +37,12 @@ class InputError(G2VLMError, ValueError):
     code = 2
 
 
+class TooManyBadFiles(InputError):
+    """More files of a dataset are unreadable than was allowed."""
+
+    code = 6
+
+
 class MissingExtra(G2VLMError, ImportError):
     """An optional part is not installed; `fix` names the extra."""
 

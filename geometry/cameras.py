@@ -127,8 +127,8 @@ def integer_grid_to_half_pixel(K: Tensor) -> Tensor:
     return _shift(K, 0.5, 0.5)
 
 
-def resize_intrinsics(K: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Intrinsics after the image is resampled from `old_size` to `new_size`, both (H, W).
+def resize_intrinsics(K: Tensor, old_size: tuple[float, float], new_size: tuple[float, float]) -> Tensor:
+    """Intrinsics after the image is resampled from `old_size` to `new_size`, both (H, W); a crop may be fractional.
 
     Resampling keeps the image borders, which are half a pixel outside the outer centres: add 0.5, scale, subtract 0.5.
     """
