@@ -36,7 +36,7 @@ def predict(pipeline: Pipeline, sample: SceneSample) -> GeometryPrediction:
     """
     try:
         prediction = pipeline.predict(sample.images.float() / 255)
-    except torch.linalg.LinAlgError as error:  # the rotations' SVD
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (the SVD of rotations)
         raise CheckFailed("predicted cameras are not finite", str(error), "check the weights") from error
     for name in ("local_points", "cam_to_world", "normals"):
         if count := int((~getattr(prediction, name).isfinite()).sum()):

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse import Namespace
@@ -17,8 +17,10 @@ from eval.pictures import draw, evenly
 from eval.protocols import Protocol, find_protocol
 from eval.reconstructions import photo_folders, reconstruct_folders
 from eval.report import item_lines, outputs_only, results, table, write
-from eval.sources import Item, require_folder
+from eval.sources import Item, frame_items, require_folder
 from g2vlm.config import PRESETS
+from g2vlm.data.canonical import CanonicalSource
+from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
 from g2vlm.errors import InputError
 from g2vlm.export import check_output_folder
 from g2vlm.pipeline import Pipeline, load
@@ -45,7 +47,8 @@ def recon(args: Namespace) -> None:
 
 def _recon_scored(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
     """Score the model and its baselines on a dataset with ground truth."""
-    items = ITEMS[args.dataset](args.data, protocol)[: args.limit]
+    items, protocol = OPEN[args.dataset](args.data, protocol)
+    items = items[: args.limit]
     pipeline, model = load_named(args.model, args.device, args.dtype)
     evaluation = score_model(items, pipeline, protocol)
     record = results(evaluation, model)
@@ -98,19 +101,36 @@ def load_named(model: str | None, device: str, dtype: str | None) -> tuple[Pipel
 # ---------------------------------------------------------------------------------------------- data
 
 
-def rooms(data: Path | None, protocol: Protocol) -> list[Item]:
+def rooms(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
     """The held-out rooms; --views takes the first of each room's."""
     if data is not None or protocol.width is not None:
         raise InputError("rooms-heldout-v1 is fixed", "it takes neither --data nor --width", "leave them out")
     raise NotImplementedError
 
 
-def seven_scenes(data: Path | None, protocol: Protocol) -> list[Item]:
-    """The sequences of a folder in the 7-Scenes layout."""
-    raise NotImplementedError
+def seven_scenes(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
+    """The test sequences of a folder in the 7-Scenes layout, or all of them where none is known as test sequence."""
+    root = require_folder("seven_scenes", data)
+    depth = cast(DepthMode, protocol.options["depth"])
+    try:
+        split, source = "test", SevenScenesSource(root, split="test", depth=depth)
+    except InputError:
+        split, source = "all", SevenScenesSource(root, depth=depth)
+    log.info("%d sequences (split %s)", len(source), split)
+    return frame_items(source, protocol), replace(protocol, options={**protocol.options, "split": split})
 
 
-ITEMS: dict[str, Callable[[Path | None, Protocol], list[Item]]] = {"rooms": rooms, "seven_scenes": seven_scenes}
+def canonical(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
+    """Every scene folder of a folder."""
+    return frame_items(CanonicalSource(require_folder("canonical", data)), protocol), protocol
+
+
+OPEN: dict[str, Callable[[Path | None, Protocol], tuple[list[Item], Protocol]]] = {
+    "rooms": rooms,
+    "seven_scenes": seven_scenes,
+    "canonical": canonical,
+}
+"""Items of a dataset, and the protocol with what was found out about the data."""
 
 
 # ---------------------------------------------------------------------------------------------- checks

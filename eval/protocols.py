@@ -61,11 +61,12 @@ class NormalRule:
     """Angles between oriented normals in the camera frame.
 
     Args:
-        edge_rtol: pixels at steps of the true depth (3 x 3 window, relative) are left out of the derived normals.
+        max_bend: normals derived from the truth are used where the second difference of 1/depth along rows and columns
+            is at most this share of 1/depth. It is zero on planes, however slanted, and large at steps of the depth.
         average: how items make up the dataset's value.
     """
 
-    edge_rtol: float = 0.03
+    max_bend: float = 0.03
     average: Average = "plain"
 
 

@@ -27,8 +27,8 @@ LABELS = {
     "accuracy_median": ("accuracy, median", "lower", "{:.4f}"),
     "completion_mean": ("completion, mean", "lower", "{:.4f}"),
     "completion_median": ("completion, median", "lower", "{:.4f}"),
-    "normal_derived_mean_deg": ("normals from points, mean deg", "lower", "{:.2f}"),
-    "normal_derived_median_deg": ("normals from points, median deg", "lower", "{:.2f}"),
+    "normal_derived_mean_deg": ("normals of points, mean deg", "lower", "{:.2f}"),
+    "normal_derived_median_deg": ("normals of points, median deg", "lower", "{:.2f}"),
     "normal_output_mean_deg": ("normals put out, mean deg", "lower", "{:.2f}"),
     "normal_output_median_deg": ("normals put out, median deg", "lower", "{:.2f}"),
     "rotation_median_deg": ("rotation, median deg", "lower", "{:.2f}"),
@@ -119,10 +119,14 @@ def _columns(record: Mapping[str, Any]) -> list[str]:
 
 def _heading(record: Mapping[str, Any]) -> list[str]:
     metrics = record["metrics"]
-    counts = f"{record['count']} scenes scored, {len(record['skipped'])} skipped"
+    counts = f"{_counted(record['count'], 'scene')}, {len(record['skipped'])} skipped"
     if "num_pairs" in metrics:
-        counts += f", {metrics['num_pairs']:,} pairs of views"
+        counts += f", {_counted(metrics['num_pairs'], 'pair')} of views"
     return [record["benchmark"], f"{record['protocol']['about']}; {counts}; model: {record['model']}"]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _metric_rows(record: Mapping[str, Any]) -> list[list[str]]:
@@ -155,18 +159,24 @@ def _rank(name: str) -> tuple[int, int]:
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
     """What the numbers mean, and what is missing from them."""
+    if not record["metrics"]:
+        return [f"- {note}" for note in _skips(record)]
     protocol = record["protocol"]
     notes = [
         f"depth: one scale per scene ({protocol['depth']['alignment']}), mean over scenes by "
         f"{'valid pixels' if protocol['depth']['average'] == 'pixels' else 'scene'}; "
         f"points: Umeyama, then ICP at {protocol['points']['icp_distance']:g}; "
         f"poses: {protocol['poses']['relative']} order, pairs of all scenes pooled",
+        "accuracy alone rewards a cloud that collapses; read it together with completion",
         *(f"{name}: {BASELINES[name]}" for name in record["baselines"] if name in BASELINES),
     ]
     if protocol["modified"]:
         notes.append("MODIFIED protocol: comparable only with runs that changed the same constants")
-    notes += [f"skipped {skipped['item']}: {skipped['reason']}" for skipped in record["skipped"]]
-    return [f"- {note}" for note in notes]
+    return [f"- {note}" for note in [*notes, *_skips(record)]]
+
+
+def _skips(record: Mapping[str, Any]) -> list[str]:
+    return [f"skipped {skipped['item']}: {skipped['reason']}" for skipped in record["skipped"]]
 
 
 def _json(value: Any, indent: int | None = None) -> str:

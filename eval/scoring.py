@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 
 from eval.protocols import Average, NormalRule, PointRule, PoseRule, Protocol
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
-from geometry import GeometryPrediction, apply_rigid, depth_edges, invert_rigid, normals_from_points, unproject
+from geometry import GeometryPrediction, apply_rigid, invert_rigid, normals_from_points, unproject
 from geometry.metrics.depth import ALIGNMENTS, evaluate_depth
 from geometry.metrics.normals import normal_metrics
 from geometry.metrics.points import corresponding_points, distance_metrics, thin_mask
@@ -124,10 +124,18 @@ class Truth:
         }
         return {part for part, value in has.items() if value is not None}
 
-    def clean(self, rule: NormalRule) -> Tensor:
-        """(S, H, W) bool: valid pixels that are not at a depth step."""
+    def smooth(self, rule: NormalRule) -> Tensor:
+        """(S, H, W) bool: valid pixels away from steps of the depth, and from holes, by the protocol's rule."""
         assert self.depth is not None
-        return self.valid & ~depth_edges(self.depth, rule.edge_rtol)  # zero depth: pixels beside holes are left out
+        inverse = torch.where(self.valid, 1 / self.depth, 0)
+        bend = torch.maximum(_second_difference(inverse), _second_difference(inverse.mT).mT)
+        return self.valid & (bend <= rule.max_bend * inverse)
+
+
+def _second_difference(values: Tensor) -> Tensor:
+    """|v[i-1] - 2 v[i] + v[i+1]| along the last axis; 0 at its two ends."""
+    inner = (values[..., :-2] - 2 * values[..., 1:-1] + values[..., 2:]).abs()
+    return pad(inner, (1, 1))
 
 
 def _valid_depth(sample: SceneSample, max_depth: float | None) -> tuple[Tensor, Tensor | None]:
@@ -206,7 +214,7 @@ def _with_derived_normals(row: Row, prediction: GeometryPrediction, truth: Truth
     assert truth.local_points is not None
     true, exists = normals_from_points(truth.local_points, truth.valid)
     predicted, _ = normals_from_points(prediction.local_points.double(), truth.valid)
-    errors = _normal_errors(predicted, true, exists & truth.clean(rule))
+    errors = _normal_errors(predicted, true, exists & truth.smooth(rule))
     if errors is None:
         return row
     mean, median, pixels = errors
@@ -220,7 +228,7 @@ def _with_output_normals(row: Row, prediction: GeometryPrediction, truth: Truth,
         true, mask = truth.normals, truth.valid & (truth.normals.norm(dim=-1) > 0)
     else:
         true, exists = normals_from_points(truth.local_points, truth.valid)
-        mask = exists & truth.clean(rule)
+        mask = exists & truth.smooth(rule)
     errors = _normal_errors(prediction.normals.double(), true, mask)
     if errors is None:
         return row

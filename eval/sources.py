@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol as Interface
 
-import numpy as np
 import torch
 
 from eval.protocols import Protocol, ViewRule
+from g2vlm.data.frames import FrameSource
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
 from g2vlm.images import geometry_size
@@ -24,48 +23,6 @@ class Item:
     load: Callable[[], SceneSample]
 
 
-class Facts(Interface):
-    """Of a scene."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        ...
-
-
-class StoredFrame(Interface):
-    """One view as it is stored."""
-
-    @property
-    def image(self) -> np.ndarray:
-        """(h, w, 3) uint8."""
-        ...
-
-
-class FrameSource(Interface):
-    """What an evaluation needs of a source of stored frames, to take exactly the views that a protocol names."""
-
-    def __len__(self) -> int:
-        """Number of scenes."""
-        ...
-
-    def facts(self, scene: int) -> Facts:
-        """Name of a scene."""
-        ...
-
-    def frame_names(self, scene: int) -> Sequence[str]:
-        """Names of the frames of a scene, in order."""
-        ...
-
-    def read_frame(self, scene: int, index: int) -> StoredFrame:
-        """One frame."""
-        ...
-
-    def load_views(self, scene: int, indices: Sequence[int], size: tuple[int, int], fit: str) -> SceneSample:
-        """Exactly these frames in this order, brought to (H, W); `stretch` keeps all of the image."""
-        ...
-
-
 def frame_items(source: FrameSource, protocol: Protocol) -> list[Item]:
     """Every scene of a source with the views that the protocol's rule names, stretched to its width."""
 
@@ -74,7 +31,8 @@ def frame_items(source: FrameSource, protocol: Protocol) -> list[Item]:
         if not indices:
             raise InputError(f"no view in scene  {source.facts(scene).name}", "it has no frames", "leave it out")
         height, width = source.read_frame(scene, indices[0]).image.shape[:2]
-        return source.load_views(scene, indices, geometry_size((height, width), protocol.width or width), "stretch")
+        size = geometry_size((height, width), protocol.width or width)
+        return source.load_views(scene, indices, size, fit="stretch")
 
     return [Item(source.facts(scene).name, lambda scene=scene: load(scene)) for scene in range(len(source))]
 

@@ -1,13 +1,14 @@
 """Samples, predictions and sources with exact ground truth for the evaluation's tests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import roma
 import torch
 
 from eval.sources import Item
+from g2vlm.data.frames import Frame, FrameSource, SceneFacts
 from g2vlm.data.types import SceneSample
 from geometry import GeometryPrediction
 from tests.g2vlm.rooms import box_room
@@ -57,35 +58,33 @@ def room_items(count: int = 3, num_views: int = 3) -> list[Item]:
     return [Item(f"room-{i}", lambda i=i: room_sample(num_views, scene=f"room-{i}")) for i in range(count)]
 
 
-@dataclass(frozen=True)
-class Named:
-    name: str
+class RoomFrames(FrameSource):
+    """Stored frames of the test room, numbered 0, 10, 20, ..., one scene per entry of `counts`."""
 
+    name = "test"
 
-@dataclass(frozen=True, eq=False)
-class Stored:
-    image: np.ndarray
-
-
-class RoomFrames:
-    """Stored frames of the test room, numbered 0, 10, 20, ..."""
-
-    def __init__(self, num_views: int = 9):
-        self.count = num_views
-        self.asked: list[tuple[list[int], tuple[int, int], str]] = []
+    def __init__(self, *counts: int):
+        super().__init__()
+        self.scenes = [room_sample(count) for count in counts]
 
     def __len__(self) -> int:
-        return 1
+        return len(self.scenes)
 
-    def facts(self, scene: int) -> Named:
-        return Named(f"room-{scene}")
+    def facts(self, scene: int) -> SceneFacts:
+        return SceneFacts(f"room-{scene}", "test", is_metric=True)
 
     def frame_names(self, scene: int) -> Sequence[str]:
-        return [f"seq-07/frame-{10 * i:06d}" for i in range(self.count)]
+        return [f"seq-07/frame-{10 * i:06d}" for i in range(self.scenes[scene].num_views)]
 
-    def read_frame(self, scene: int, index: int) -> Stored:
-        return Stored(np.zeros((480, 640, 3), np.uint8))
-
-    def load_views(self, scene: int, indices: Sequence[int], size: tuple[int, int], fit: str) -> SceneSample:
-        self.asked.append((list(indices), size, fit))
-        return room_sample(self.count, size).views(torch.tensor(indices))
+    def read_frame(self, scene: int, index: int) -> Frame:
+        sample = self.scenes[scene]
+        assert sample.depth is not None
+        assert sample.intrinsics is not None
+        assert sample.cam_to_world is not None
+        return Frame(
+            self.frame_names(scene)[index],
+            sample.images[index].permute(1, 2, 0).numpy(),
+            sample.depth[index].nan_to_num().numpy(),
+            sample.intrinsics[index].double().numpy(),
+            sample.cam_to_world[index].double().numpy(),
+        )
