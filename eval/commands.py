@@ -22,7 +22,7 @@ from g2vlm.config import PRESETS
 from g2vlm.data.canonical import CanonicalSource
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
 from g2vlm.errors import InputError
-from g2vlm.export import check_output_folder
+from g2vlm.export import file_errors
 from g2vlm.pipeline import Pipeline, load
 
 log = logging.getLogger(__name__)
@@ -38,35 +38,35 @@ def recon(args: Namespace) -> None:
     protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points)
     output = output_folder(args.output)
     log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
-    if args.dataset == "images":
-        record = _recon_images(args, protocol, output)
-    else:
-        record = _recon_scored(args, protocol, output)
-    print(table(record))
+    run = reconstruct_photos if args.dataset == "images" else evaluate_dataset
+    record = run(args, protocol, output)
+    print(f"{table(record)}\nresults in {output}")
 
 
-def _recon_scored(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
+def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
     """Score the model and its baselines on a dataset with ground truth."""
     items, protocol = OPEN[args.dataset](args.data, protocol)
     items = items[: args.limit]
     pipeline, model = load_named(args.model, args.device, args.dtype)
-    evaluation = score_model(items, pipeline, protocol)
-    record = results(evaluation, model)
-    output.mkdir(parents=True, exist_ok=True)
-    write(output, record, item_lines(evaluation), str(pipeline.model.device))
-    if args.pictures:
-        draw(evenly(scored(items, evaluation), args.pictures), pipeline, protocol, output / "pictures")
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        evaluation = score_model(items, pipeline, protocol)
+        record = results(evaluation, model)
+        write(output, record, item_lines(evaluation), str(pipeline.model.device))
+        if args.pictures > 0:
+            draw(evenly(scored(items, evaluation), args.pictures), pipeline, protocol, output / "pictures")
     return record
 
 
-def _recon_images(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
+def reconstruct_photos(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
     """Reconstruct folders of photographs; nothing is scored."""
     folders = photo_folders(require_folder(args.dataset, args.data))[: args.limit]
     pipeline, model = load_named(args.model, args.device, args.dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    done, skipped = reconstruct_folders(folders, pipeline, protocol, output)
-    record = outputs_only(protocol, done, skipped, model)
-    write(output, record, [asdict(scene) for scene in done], str(pipeline.model.device))
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        done, skipped = reconstruct_folders(folders, pipeline, protocol, output)
+        record = outputs_only(protocol, done, skipped, model)
+        write(output, record, [asdict(scene) for scene in done], str(pipeline.model.device))
     return record
 
 
@@ -146,10 +146,12 @@ def output_folder(given: Path | None, root: Path = Path("runs")) -> Path:
     """Where results go: an absent or empty folder. Without a wish the first free of runs/recon, runs/recon-2, ...
 
     Raises:
-        InputError: the folder given has content.
+        InputError: what was given has content or is no folder.
     """
     if given is not None:
-        check_output_folder(given, overwrite=False)
+        if given.exists() and not (given.is_dir() and not any(given.iterdir())):
+            why = "it exists and is no empty folder; nothing was changed"
+            raise InputError(f"will not overwrite  {given}", why, "choose another --output, or leave it out")
         return given
     number = 1
     while (folder := root / ("recon" if number == 1 else f"recon-{number}")).exists():

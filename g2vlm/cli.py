@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from g2vlm.errors import G2VLMError
 
@@ -26,6 +26,9 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("recon", _recon_parser(), help="photos of one scene -> points, depth, normals, cameras")
     commands.add_subcommand("convert", _convert_parser(), help="checkpoints between the released layout and ours")
     commands.add_subcommand("info", _info_parser(), help="what a model or a reconstruction holds")
+    data = ArgumentParser(description="Check data sets and look at them.")
+    commands.add_subcommand("data", data, help="check data sets, look at them")
+    _add_data_actions(data)
     commands.add_subcommand("doctor", _doctor_parser(), help="versions, devices, optional parts, self-test")
     return parser
 
@@ -77,6 +80,38 @@ def _info_parser() -> ArgumentParser:
     return parser
 
 
+def _add_data_actions(parser: ArgumentParser) -> None:
+    """Once `parser` is part of the command: jsonargparse wants the levels in order."""
+    actions = parser.add_subcommands(required=True, dest="action")
+    actions.add_subcommand("check", _data_check_parser(), help="do depth and cameras of a data set make sense?")
+    actions.add_subcommand("preview", _data_preview_parser(), help="a contact sheet of a data set")
+
+
+def _data_check_parser() -> ArgumentParser:
+    parser = _parser("Check every frame of a data set.", "g2vlm data check 7scenes/redkitchen")
+    _add_source(parser)
+    parser.add_argument("--max-bad", type=float, default=0.05, help="share of frames that may be unusable")
+    parser.add_argument("--max-frames", type=int, help="check at most this many frames of a scene, evenly chosen")
+    parser.add_argument("--max-scenes", type=int, help="check the first scenes only")
+    return parser
+
+
+def _data_preview_parser() -> ArgumentParser:
+    parser = _parser("Draw a contact sheet of a data set.", "g2vlm data preview rooms -o rooms.png")
+    _add_source(parser)
+    parser.add_argument("-o", "--output", required=True, type=Path, help="PNG file to write")
+    parser.add_argument("--views", type=int, default=6, help="views of each scene")
+    parser.add_argument("--scenes", type=int, default=3, help="scenes to show")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
+
+
+def _add_source(parser: ArgumentParser) -> None:
+    parser.add_argument("path", help="folder of the data, or rooms for what the project renders itself")
+    parser.add_argument("--dataset", choices=["canonical", "seven_scenes", "images"], help="default: by what is there")
+    parser.add_argument("--depth", choices=["proj", "proj_clean", "rawdepth"], help="of 7-Scenes; default: proj_clean")
+
+
 def _doctor_parser() -> ArgumentParser:
     return _parser("Check the installation.", "g2vlm doctor")
 
@@ -85,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     log_to_stderr()
     args = build_parser().parse_args(arguments)
-    options = args[args.command]
-    return guarded(lambda: getattr(import_module("g2vlm.commands"), args.command)(options), options.debug)
+    name, options = _chosen(args)
+    return guarded(lambda: getattr(import_module("g2vlm.commands"), name)(options), options.debug)
 
 
 def log_to_stderr() -> None:
@@ -119,6 +154,14 @@ def guarded(work: Callable[[], None], debug: bool = False) -> int:
     except Exception as error:
         return _report_bug(error, debug)
     return 0
+
+
+def _chosen(args: Namespace) -> tuple[str, Namespace]:
+    """The function that does the command, and its options; `data check` is done by `data_check`."""
+    options = args[args.command]
+    if "action" not in options:
+        return args.command, options
+    return f"{args.command}_{options.action}", options[options.action]
 
 
 def _report_bug(error: Exception, debug: bool) -> int:

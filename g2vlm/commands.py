@@ -18,13 +18,18 @@ from g2vlm import __version__
 from g2vlm.checkpoint import load_model, read_config
 from g2vlm.config import G2VLMConfig
 from g2vlm.convert import convert as convert_checkpoint
-from g2vlm.errors import CheckFailed
+from g2vlm.data.checks import CheckRules, check_source
+from g2vlm.data.preview import contact_sheet, load_samples
+from g2vlm.data.registry import build_source, detect_source
+from g2vlm.data.types import SceneSource
+from g2vlm.errors import CheckFailed, InputError
 from g2vlm.export import check_output_folder
 from g2vlm.images import geometry_size
 from g2vlm.model.attention import backend_names
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.pipeline import Pipeline, load, read_sources
 from g2vlm.processing import recon_sequence
+from geometry.io.common import atomic_file
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
@@ -122,6 +127,41 @@ def _scene_facts(facts: dict[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in facts.items() if not isinstance(value, list | dict)} | {
         "views": str(len(facts.get("views", [])))
     }
+
+
+def data_check(args: Namespace) -> None:
+    """Check a data set and print what was found.
+
+    Raises:
+        CheckFailed: something is wrong with the data.
+    """
+    rules = CheckRules(args.max_bad, max_frames=args.max_frames, max_scenes=args.max_scenes)
+    report = check_source(_source(args), rules)
+    print(report.table())
+    if report.failures:
+        raise CheckFailed(f"the check of {args.path} failed", report.failures[0], "see the table")
+
+
+def data_preview(args: Namespace) -> None:
+    """Write a contact sheet of a data set."""
+    if args.output.suffix.lower() != ".png" or (args.output.exists() and not args.overwrite):
+        why = "it exists" if args.output.exists() else "a contact sheet is a .png"
+        raise InputError(f"cannot write  {args.output}", why, "choose another name, or pass --overwrite")
+    sheet = contact_sheet(load_samples(_source(args), args.scenes, args.views))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(args.output) as file:
+        sheet.save(file, format="PNG")
+    print(args.output)
+
+
+def _source(args: Namespace) -> SceneSource:
+    """The data that a command was pointed at."""
+    if args.path == "rooms":
+        return build_source("rooms")
+    root = Path(args.path)
+    name = args.dataset or detect_source(root)
+    options = {} if args.depth is None else {"depth": args.depth}
+    return build_source(name, root, **options)
 
 
 def doctor(args: Namespace) -> None:
