@@ -23,6 +23,7 @@ BODY = 0.25  # metres between a camera and furniture
 WALL = 0.35  # metres between a camera and a wall
 STARE = 0.7  # least metres to what the middle of the image shows
 OPEN = 1.2  # least median metres over the image
+ARC = (math.radians(80), math.radians(130))  # of four or more wide views; fewer share a smaller one
 TRIES = 40  # per view before the excerpt starts anew
 PROBES = np.array([(x, y, 1.0) for y in (-0.4, 0.0, 0.4) for x in (-0.5, 0.0, 0.5)])  # rays of the view test
 MIDDLE = 4  # of the probes
@@ -101,7 +102,7 @@ def _to_box(box: OrientedBox) -> list[list[float]]:
 
 
 def look(centre: Array, yaw: float, pitch: float, roll: float) -> Array:
-    """cam_to_world (4, 4) of a camera looking along yaw (from +x, counter-clockwise), pitched up and rolled; radians."""
+    """cam_to_world (4, 4) of a camera that looks along a yaw (from +x), pitched up and rolled; radians."""
     forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), math.sin(pitch)])
     level = np.array([math.sin(yaw), -math.cos(yaw), 0.0])  # to the right
     down = np.cross(forward, level)
@@ -132,7 +133,8 @@ def sees(pose: Array, field_of_view: float, obstacles: Obstacles) -> bool:
 def wide(scene: Scene, num_views: int, draws: Draws) -> Cameras:
     """A wide baseline: cameras around the room on an arc, all looking at about one place."""
     obstacles, field_of_view = Obstacles(scene), draws.uniform(*FIELD_OF_VIEW)
-    for spread in _relaxing(draws, math.radians(110), math.radians(160)):
+    few = min(1.0, (num_views + 1) / 5)
+    for spread in _relaxing(draws, few * ARC[0], few * ARC[1]):
         target = _place(obstacles.room, 0.3, draws, (0.4, 1.1))
         start = draws.uniform(0, 2 * math.pi)
         poses = []

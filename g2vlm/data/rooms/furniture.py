@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from g2vlm.data.rooms import materials
+import g2vlm.data.rooms.materials as materials
 from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.rooms.scene import Material, Part
 

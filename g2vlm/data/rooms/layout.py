@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from g2vlm.data.rooms import materials
+import g2vlm.data.rooms.materials as materials
 from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.rooms.furniture import FIXTURES, FREE_FURNITURE, WALL_FURNITURE, Parts
 from g2vlm.data.rooms.scene import Composite, Light, Notch, OrientedBox, Room, Scene

@@ -5,7 +5,7 @@ The first six primitives are the faces of the room, -x, +x, -y, +y, floor, ceili
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,31 +13,32 @@ from torch import Tensor
 from g2vlm.data.rooms.scene import CATEGORIES, PATTERNS, SHAPES, Light, Material, Scene, Vector
 
 NUM_FACES = 6
+Number = TypeVar("Number")
 
 
-class Row(NamedTuple):
-    """The numbers of one primitive; a table of them is indexed by these names' positions."""
+class Row(NamedTuple, Generic[Number]):
+    """The numbers of one primitive, or a tensor of each for many pixels. Their order is that of a table's rows."""
 
-    centre_x: float
-    centre_y: float
-    centre_z: float
-    half_x: float
-    half_y: float
-    half_z: float
-    cos_yaw: float
-    sin_yaw: float
-    shape: float
-    pattern: float
-    red_a: float
-    green_a: float
-    blue_a: float
-    red_b: float
-    green_b: float
-    blue_b: float
-    frequency: float
-    cos_angle: float
-    sin_angle: float
-    phase: float
+    centre_x: Number
+    centre_y: Number
+    centre_z: Number
+    half_x: Number
+    half_y: Number
+    half_z: Number
+    cos_yaw: Number
+    sin_yaw: Number
+    shape: Number
+    pattern: Number
+    red_a: Number
+    green_a: Number
+    blue_a: Number
+    red_b: Number
+    green_b: Number
+    blue_b: Number
+    frequency: Number
+    cos_angle: Number
+    sin_angle: Number
+    phase: Number
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def pack(scene: Scene, device: torch.device | str = "cpu") -> PackedScene:
     )
 
 
-def _solids(scene: Scene) -> list[tuple[int, Row]]:
+def _solids(scene: Scene) -> list[tuple[int, Row[float]]]:
     """Instance and row of everything inside the six faces."""
     found = []
     if box := scene.room.notch_box:
@@ -95,7 +96,7 @@ def _solids(scene: Scene) -> list[tuple[int, Row]]:
     return found
 
 
-def _row(shape: str, centre: Vector, size: Vector, yaw: float, material: Material) -> Row:
+def _row(shape: str, centre: Vector, size: Vector, yaw: float, material: Material) -> Row[float]:
     half_x, half_y, half_z = (extent / 2 for extent in size)
     return Row(
         *centre, half_x, half_y, half_z, math.cos(yaw), math.sin(yaw), float(SHAPES.index(shape)),

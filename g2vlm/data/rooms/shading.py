@@ -32,7 +32,7 @@ class Surface:
     facing: Tensor
 
 
-def find_surface(row: Row, depth: Tensor, rays: Vector3, centre: Vector3) -> Surface:
+def find_surface(row: Row[Tensor], depth: Tensor, rays: Vector3, centre: Vector3) -> Surface:
     """Where rays meet their primitives.
 
     Args:
@@ -53,7 +53,7 @@ def find_surface(row: Row, depth: Tensor, rays: Vector3, centre: Vector3) -> Sur
     return Surface(point, _to_world(row, normal), local, normal, facing)
 
 
-def _local_normal(row: Row, local: Vector3) -> Vector3:
+def _local_normal(row: Row[Tensor], local: Vector3) -> Vector3:
     """A normal, of any length and sign, in the primitive's frame."""
     half = (row.half_x, row.half_y, row.half_z)
     gap = [(h - x.abs()).abs() for h, x in zip(half, local, strict=True)]  # to the planes of the box's faces
@@ -80,12 +80,12 @@ def _curved_normal(shape: Tensor, half: Vector3, local: Vector3) -> Vector3:
     return [gradient[0] * flat, gradient[1] * flat, upright]
 
 
-def _to_local(row: Row, world: Vector3) -> Vector3:
+def _to_local(row: Row[Tensor], world: Vector3) -> Vector3:
     cos, sin = row.cos_yaw, row.sin_yaw
     return [cos * world[0] + sin * world[1], cos * world[1] - sin * world[0], world[2]]
 
 
-def _to_world(row: Row, local: Vector3) -> Vector3:
+def _to_world(row: Row[Tensor], local: Vector3) -> Vector3:
     cos, sin = row.cos_yaw, row.sin_yaw
     return [cos * local[0] - sin * local[1], sin * local[0] + cos * local[1], local[2]]
 
@@ -94,7 +94,7 @@ def _dot(a: Vector3, b: Vector3) -> Tensor:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def colour(row: Row, surface: Surface, pixel: Tensor, light: Light) -> Tensor:
+def colour(row: Row[Tensor], surface: Surface, pixel: Tensor, light: Light) -> Tensor:
     """uint8 colours (3, N).
 
     Args:
