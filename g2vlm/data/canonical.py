@@ -329,7 +329,7 @@ def _read_depth(path: Path, scene: SceneMeta) -> np.ndarray:
 def _read_npz(path: Path) -> np.ndarray:
     what, fix = f"cannot read depth  {path}", "expected an npz with one float array named depth"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             depth = arrays["depth"]
     except OSError as error:
         raise InputError(what, error.strerror or str(error), fix) from error

@@ -157,7 +157,7 @@ def _read(source: FrameSource, scene: int, indices: Sequence[int]) -> Iterator[F
 
 
 def frames_of(sample: SceneSample) -> list[Frame]:
-    """The views of a sample as frames; its invalid depth becomes 0."""
+    """The views of a sample, which may live on any device, as frames; its invalid depth becomes 0."""
     frames = []
     for view in range(sample.num_views):
         depth = None
@@ -165,11 +165,11 @@ def frames_of(sample: SceneSample) -> list[Frame]:
             valid = (
                 torch.ones_like(sample.depth[view], dtype=torch.bool) if sample.valid is None else sample.valid[view]
             )
-            depth = torch.where(valid, sample.depth[view], 0).numpy()
-        K = None if sample.intrinsics is None else sample.intrinsics[view].double().numpy()
-        pose = None if sample.cam_to_world is None else sample.cam_to_world[view].double().numpy()
+            depth = torch.where(valid, sample.depth[view], 0).cpu().numpy()
+        K = None if sample.intrinsics is None else sample.intrinsics[view].double().cpu().numpy()
+        pose = None if sample.cam_to_world is None else sample.cam_to_world[view].double().cpu().numpy()
         name = sample.view_ids[view] if sample.view_ids else f"view {view}"
-        frames.append(Frame(name, sample.images[view].permute(1, 2, 0).numpy(), depth, K, pose))
+        frames.append(Frame(name, sample.images[view].permute(1, 2, 0).cpu().numpy(), depth, K, pose))
     return frames
 
 

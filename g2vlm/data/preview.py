@@ -66,16 +66,17 @@ def _sample(source: SceneSource, scene: int, num_views: int) -> SceneSample:
 
 
 def _panels(sample: SceneSample) -> list[Image.Image]:
-    depths = [frame.depth for frame in frames_of(sample)]
+    frames = frames_of(sample)
+    depths = [frame.depth for frame in frames]
     known = np.concatenate([depth[depth > 0] for depth in depths if depth is not None] or [np.zeros(0)])
     depth_range = percentile_range(known)
-    rows = {"image": [view.permute(1, 2, 0).numpy() for view in sample.images]}
+    rows = {"image": [frame.image for frame in frames]}
     if sample.depth is not None:
         rows["depth"] = [_masked(depth_colours(d, depth_range), d > 0) for d in depths if d is not None]
     if (normals := _normals(sample)) is not None:
         rows["normals"] = [_masked(normal_colours(n), np.abs(n).sum(-1) > 0) for n in normals]
     if sample.instances is not None:
-        rows["instances"] = [instance_colours(view) for view in sample.instances.numpy()]
+        rows["instances"] = [instance_colours(view) for view in sample.instances.cpu().numpy()]
     names = [printable(name, 24) for name in sample.view_ids] or [f"view {i}" for i in range(sample.num_views)]
     cells = grid(list(rows.values()), [[None] * sample.num_views] * len(rows), list(rows), names)
     units = "metres" if sample.is_metric else "relative"
@@ -86,10 +87,10 @@ def _normals(sample: SceneSample) -> np.ndarray | None:
     """(S, H, W, 3), zero where unknown."""
     if sample.normals is not None:
         normals = sample.normals
-        return (normals if sample.valid is None else normals * sample.valid[..., None]).numpy()
+        return (normals if sample.valid is None else normals * sample.valid[..., None]).cpu().numpy()
     if sample.depth is None or sample.intrinsics is None:
         return None
-    return normals_from_points(sample.local_points, sample.valid)[0].numpy()
+    return normals_from_points(sample.local_points, sample.valid)[0].cpu().numpy()
 
 
 def _masked(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -111,7 +111,7 @@ class ColourChange:
     grey: bool
 
     def apply(self, image: Tensor) -> Tensor:
-        """(3, H, W) float in [0, 1] changed."""
+        """Images (..., 3, H, W) float in [0, 1] changed; contrast is about each image's own mean."""
         steps = (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation, colour.adjust_hue)
         for i in self.order if self.jitter else ():
             image = steps[i](image, self.factors[i])
@@ -140,6 +140,6 @@ def augment_colours(images: Tensor, seed: int) -> Tensor:
     """
     rng = np.random.default_rng(seed)
     shared = bool(rng.random() < SHARED_DRAW)
-    changes = [draw_colour_change(rng) for _ in range(1 if shared else len(images))] * (len(images) if shared else 1)
-    views = [change.apply(image) for change, image in zip(changes, images.float() / 255, strict=True)]
-    return (torch.stack(views) * 255).round().clamp(0, 255).to(torch.uint8)
+    groups = (images.float() / 255).split(len(images) if shared else 1)
+    changed = torch.cat([draw_colour_change(rng).apply(group) for group in groups])
+    return (changed * 255).round().clamp(0, 255).to(torch.uint8)
