@@ -69,7 +69,8 @@ def load_model(
     """
     precision = _precision(dtype)
     if _is_preset(source):
-        model = _random_model(str(source), precision, seed)
+        log.warning("random weights: preset %s, seed %d", source, seed)
+        model = random_model(PRESETS[str(source)](), precision, seed, str(source))
     else:
         model = _load_folder(_local_folder(source, revision), precision)
     return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]
@@ -90,13 +91,14 @@ def _fill(
     return G2VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
-def _random_model(preset: str, dtype: torch.dtype, seed: int) -> G2VLMForConditionalGeneration:
-    log.warning("random weights: preset %s, seed %d", preset, seed)
-    config = PRESETS[preset]()
+def random_model(
+    config: G2VLMConfig, dtype: torch.dtype | str | None = None, seed: int = 0, name: str = "random"
+) -> G2VLMForConditionalGeneration:
+    """A model of a config with random weights, in evaluation mode; the caller's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = G2VLMForConditionalGeneration(config).state_dict()
-    return _fill(config, state, dtype, preset)
+    return _fill(config, state, _precision(dtype), name)
 
 
 def _precision(dtype: torch.dtype | str | None) -> torch.dtype:

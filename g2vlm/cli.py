@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -118,13 +118,28 @@ def _doctor_parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    log_to_stderr()
+    args = build_parser().parse_args(arguments)
+    name, options = _chosen(args)
+    return guarded(lambda: getattr(import_module("g2vlm.commands"), name)(options), options.debug)
+
+
+def log_to_stderr() -> None:
+    """Plain lines on stderr; stdout stays for results."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "PIL", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    args = build_parser().parse_args(arguments)
-    name, options = _chosen(args)
+
+
+def guarded(work: Callable[[], None], debug: bool = False) -> int:
+    """Do the work of a command and return its exit code; a failure is told on stderr.
+
+    Args:
+        work: what to do; heavy imports belong inside it.
+        debug: show the traceback of an error.
+    """
     try:
-        getattr(import_module("g2vlm.commands"), name)(options)
+        work()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -132,12 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except G2VLMError as error:
-        if options.debug:
+        if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except Exception as error:
-        return _report_bug(error, options.debug)
+        return _report_bug(error, debug)
     return 0
 
 

@@ -101,7 +101,7 @@ def export(
     """
     target = Path(target)
     content = _Content(scene, points)
-    with _file_errors(target):
+    with file_errors(target):
         if target.suffix.lower() in SINGLE_FILES and not target.is_dir():
             return _write_file(content, target, formats, overwrite)
         return _write_folder(content, target, _known(formats), overwrite)
@@ -148,14 +148,14 @@ def _known(formats: Sequence[str] | None) -> list[str]:
 
 
 @contextmanager
-def _file_errors(target: Path) -> Iterator[None]:
+def file_errors(target: Path) -> Iterator[None]:
     """Turn what the file system refuses into an error that says what to do."""
     try:
         yield
     except OSError as error:
         why = error.strerror or str(error)
         if error.errno in DISK_FULL:
-            raise ResourceError(f"cannot write  {target}", why, "free some space, or export fewer formats") from error
+            raise ResourceError(f"cannot write  {target}", why, "free some space, or write less") from error
         raise InputError(f"cannot write  {target}", why, "choose a folder that can be written") from error
 
 

@@ -1,0 +1,159 @@
+"""What `eval/recon.py` does, once its arguments are parsed."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jsonargparse import Namespace
+from transformers.utils.logging import disable_progress_bar
+
+import g2vlm
+from eval.baselines import baseline_systems, model_system
+from eval.evaluate import MODEL, Evaluation, evaluate
+from eval.pictures import draw, evenly
+from eval.protocols import Protocol, find_protocol
+from eval.reconstructions import photo_folders, reconstruct_folders
+from eval.report import item_lines, outputs_only, results, table, write
+from eval.sources import Item, frame_items, require_folder
+from g2vlm.config import PRESETS
+from g2vlm.data.canonical import CanonicalSource
+from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
+from g2vlm.errors import InputError
+from g2vlm.export import file_errors
+from g2vlm.pipeline import Pipeline, load
+
+log = logging.getLogger(__name__)
+disable_progress_bar()
+DEMO_WEIGHTS = Path(g2vlm.__file__).parent / "assets" / "demo"
+FALLBACK = "tiny"
+
+
+def recon(args: Namespace) -> None:
+    """Evaluate, or only reconstruct; write everything into the output folder; print the table."""
+    for name in ("views", "width", "max_points", "limit"):
+        require_positive(name, args[name])
+    protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points)
+    output = output_folder(args.output)
+    log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
+    run = reconstruct_photos if args.dataset == "images" else evaluate_dataset
+    record = run(args, protocol, output)
+    print(f"{table(record)}\nresults in {output}")
+
+
+def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
+    """Score the model and its baselines on a dataset with ground truth."""
+    items, protocol = OPEN[args.dataset](args.data, protocol)
+    items = items[: args.limit]
+    pipeline, model = load_named(args.model, args.device, args.dtype)
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        evaluation = score_model(items, pipeline, protocol)
+        record = results(evaluation, model)
+        write(output, record, item_lines(evaluation), str(pipeline.model.device))
+        if args.pictures > 0:
+            draw(evenly(scored(items, evaluation), args.pictures), pipeline, protocol, output / "pictures")
+    return record
+
+
+def reconstruct_photos(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
+    """Reconstruct folders of photographs; nothing is scored."""
+    folders = photo_folders(require_folder(args.dataset, args.data))[: args.limit]
+    pipeline, model = load_named(args.model, args.device, args.dtype)
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        done, skipped = reconstruct_folders(folders, pipeline, protocol, output)
+        record = outputs_only(protocol, done, skipped, model)
+        write(output, record, [asdict(scene) for scene in done], str(pipeline.model.device))
+    return record
+
+
+def score_model(items: Sequence[Item], pipeline: Pipeline, protocol: Protocol) -> Evaluation:
+    """A model and every baseline on the same items."""
+    systems = {MODEL: model_system(pipeline, protocol), **baseline_systems(pipeline, protocol)}
+    return evaluate(items, systems, protocol)
+
+
+def scored(items: Sequence[Item], evaluation: Evaluation) -> list[Item]:
+    """The items that were not skipped."""
+    skipped = {skipped.item for skipped in evaluation.skipped}
+    return [item for item in items if item.name not in skipped]
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+
+def load_named(model: str | None, device: str, dtype: str | None) -> tuple[Pipeline, str]:
+    """The model, and what to call it in results; says so when it is a default or has random weights."""
+    chosen = model or (str(DEMO_WEIGHTS) if DEMO_WEIGHTS.is_dir() else FALLBACK)
+    is_random = chosen in PRESETS and not Path(chosen).is_dir()
+    name = f"{chosen} (RANDOM WEIGHTS)" if is_random else "demo weights" if model is None else chosen
+    log.info("model %s%s", name, "" if model else ", the default; choose another with --model")
+    if is_random:
+        log.warning("RANDOM WEIGHTS: the scores below are those of an untrained model")
+    pipeline = load(chosen, device, None if dtype is None else getattr(torch, dtype))
+    pipeline.name = name
+    return pipeline, name
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def rooms(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
+    """The held-out rooms; --views takes the first of each room's."""
+    if data is not None or protocol.width is not None:
+        raise InputError("rooms-heldout-v1 is fixed", "it takes neither --data nor --width", "leave them out")
+    raise NotImplementedError
+
+
+def seven_scenes(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
+    """The test sequences of a folder in the 7-Scenes layout, or all of them where none is known as test sequence."""
+    root = require_folder("seven_scenes", data)
+    depth = cast(DepthMode, protocol.options["depth"])
+    try:
+        split, source = "test", SevenScenesSource(root, split="test", depth=depth)
+    except InputError:
+        split, source = "all", SevenScenesSource(root, depth=depth)
+    log.info("%d sequences (split %s)", len(source), split)
+    return frame_items(source, protocol), replace(protocol, options={**protocol.options, "split": split})
+
+
+def canonical(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
+    """Every scene folder of a folder."""
+    return frame_items(CanonicalSource(require_folder("canonical", data)), protocol), protocol
+
+
+OPEN: dict[str, Callable[[Path | None, Protocol], tuple[list[Item], Protocol]]] = {
+    "rooms": rooms,
+    "seven_scenes": seven_scenes,
+    "canonical": canonical,
+}
+"""Items of a dataset, and the protocol with what was found out about the data."""
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def require_positive(name: str, value: int | None) -> None:
+    """Raise InputError unless an optional count is at least one."""
+    if value is not None and value < 1:
+        raise InputError(f"--{name.replace('_', '-')} must be at least 1", f"given {value}", "leave it out for all")
+
+
+def output_folder(given: Path | None, root: Path = Path("runs")) -> Path:
+    """Where results go: an absent or empty folder. Without a wish the first free of runs/recon, runs/recon-2, ...
+
+    Raises:
+        InputError: what was given has content or is no folder.
+    """
+    if given is not None:
+        if given.exists() and not (given.is_dir() and not any(given.iterdir())):
+            why = "it exists and is no empty folder; nothing was changed"
+            raise InputError(f"will not overwrite  {given}", why, "choose another --output, or leave it out")
+        return given
+    number = 1
+    while (folder := root / ("recon" if number == 1 else f"recon-{number}")).exists():
+        number += 1
+    return folder

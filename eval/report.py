@@ -1,0 +1,199 @@
+"""How results are told: a table for the terminal, the same as Markdown, `results.json`, and one line per item."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from eval.baselines import BASELINES
+from eval.evaluate import MODEL, Evaluation, Skipped
+from eval.protocols import Protocol
+from eval.reconstructions import Reconstructed
+from g2vlm import __version__
+from geometry.io.common import atomic_file
+
+RESULTS, ITEMS, REPORT, RUN = "results.json", "items.jsonl", "report.md", "run.json"
+PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "roma", "pillow")
+LABELS = {
+    "abs_rel": ("AbsRel", "lower", "{:.4f}"),
+    "delta_1": ("delta < 1.25", "higher", "{:.4f}"),
+    "accuracy_mean": ("accuracy, mean", "lower", "{:.4f}"),
+    "accuracy_median": ("accuracy, median", "lower", "{:.4f}"),
+    "completion_mean": ("completion, mean", "lower", "{:.4f}"),
+    "completion_median": ("completion, median", "lower", "{:.4f}"),
+    "normal_derived_mean_deg": ("normals of points, mean deg", "lower", "{:.2f}"),
+    "normal_derived_median_deg": ("normals of points, median deg", "lower", "{:.2f}"),
+    "normal_output_mean_deg": ("normals put out, mean deg", "lower", "{:.2f}"),
+    "normal_output_median_deg": ("normals put out, median deg", "lower", "{:.2f}"),
+    "rotation_median_deg": ("rotation, median deg", "lower", "{:.2f}"),
+    "translation_median_deg": ("translation, median deg", "lower", "{:.2f}"),
+    "rra": ("RRA @ {} deg, %", "higher", "{:.2f}"),
+    "rta": ("RTA @ {} deg, %", "higher", "{:.2f}"),
+    "auc": ("AUC @ {} deg, %", "higher", "{:.2f}"),
+}
+COUNTS = ("num_pairs", "num_zero_baseline")
+
+
+def results(evaluation: Evaluation, model: str) -> dict[str, Any]:
+    """What `results.json` holds for scores."""
+    return {
+        "benchmark": evaluation.protocol.label,
+        "protocol": evaluation.protocol.record(),
+        "model": model,
+        "count": evaluation.count,
+        "skipped": [asdict(skipped) for skipped in evaluation.skipped],
+        "metrics": evaluation.metrics(MODEL),
+        "baselines": {name: evaluation.metrics(name) for name in evaluation.rows if name != MODEL},
+        "per_item": ITEMS,
+    }
+
+
+def outputs_only(protocol: Protocol, done: Sequence[Reconstructed], skipped: Sequence[Skipped], model: str) -> dict:
+    """What `results.json` holds for scenes without ground truth: counts, no metrics."""
+    empty = Evaluation(protocol, {MODEL: []}, list(skipped))
+    return {**results(empty, model), "count": len(done)}
+
+
+def item_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One line per system and item."""
+    return [{"system": name, **asdict(row)} for name, rows in evaluation.rows.items() for row in rows]
+
+
+def write(folder: Path, record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], device: str) -> None:
+    """Write `results.json`, the lines per item, the report and the record of the run; each file whole or not at all.
+
+    Args:
+        folder: an existing folder.
+        record: from `results` or `outputs_only`.
+        lines: for `items.jsonl`.
+        device: what the model ran on.
+    """
+    _write_text(folder / ITEMS, "".join(_json(line) + "\n" for line in lines))
+    _write_text(folder / REPORT, markdown(record))
+    _write_text(folder / RUN, _json(run_record(device), indent=1) + "\n")
+    _write_text(folder / RESULTS, _json(record, indent=1) + "\n")
+
+
+def run_record(device: str) -> dict[str, Any]:
+    """When, with which command, on what and with which packages."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "device": device,
+        "python": platform.python_version(),
+        "packages": {"g2vlm": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Results as text: what was measured, then a line per metric with the model and its baselines side by side."""
+    rows = [["", "better", *_columns(record)], *_metric_rows(record)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
+    body = lines if len(rows) > 1 else ["no metrics: there is no ground truth"]
+    return "\n".join([*_heading(record), "", *body, "", *_notes(record)])
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    return [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The same as a Markdown fragment."""
+    columns = _columns(record)
+    rows = [["", "better", *columns], ["---"] * 2 + ["---:"] * len(columns), *_metric_rows(record)]
+    lines = [f"| {' | '.join(row)} |" for row in rows] if len(rows) > 2 else ["no metrics: there is no ground truth"]
+    return "\n".join([f"### {record['benchmark']}", "", *_heading(record)[1:], "", *lines, "", *_notes(record), ""])
+
+
+def _columns(record: Mapping[str, Any]) -> list[str]:
+    return [MODEL, *record["baselines"]]
+
+
+def _heading(record: Mapping[str, Any]) -> list[str]:
+    metrics = record["metrics"]
+    counts = f"{_counted(record['count'], 'scene')}, {len(record['skipped'])} skipped"
+    if "num_pairs" in metrics:
+        counts += f", {_counted(metrics['num_pairs'], 'pair')} of views"
+    return [record["benchmark"], f"{record['protocol']['about']}; {counts}; model: {record['model']}"]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _metric_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Label, direction and a cell per system, for every metric that any system has."""
+    systems = [record["metrics"], *record["baselines"].values()]
+    names = dict.fromkeys(name for metrics in systems for name in metrics if name not in COUNTS)
+    rows = []
+    for name in sorted(names, key=_rank):
+        label, better, number = _style(name)
+        rows.append([label, better, *(number.format(m[name]) if name in m else "-" for m in systems)])
+    return rows
+
+
+def _style(name: str) -> tuple[str, str, str]:
+    if name in LABELS:
+        return LABELS[name]
+    stem, threshold = name.split("_")
+    label, better, number = LABELS[stem]
+    return label.format(threshold), better, number
+
+
+def _rank(name: str) -> tuple[int, int]:
+    """Position of a metric in the table: as in `LABELS`, thresholds ascending."""
+    order = list(LABELS)
+    if name in LABELS:
+        return order.index(name), 0
+    stem, threshold = name.split("_")
+    return order.index(stem), int(threshold)
+
+
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    """What the numbers mean, and what is missing from them."""
+    if not record["metrics"]:
+        return [f"- {note}" for note in _skips(record)]
+    protocol = record["protocol"]
+    notes = [
+        f"depth: one scale per scene ({protocol['depth']['alignment']}), mean over scenes by "
+        f"{'valid pixels' if protocol['depth']['average'] == 'pixels' else 'scene'}; "
+        f"points: Umeyama, then ICP at {protocol['points']['icp_distance']:g}; "
+        f"poses: {protocol['poses']['relative']} order, pairs of all scenes pooled",
+        "accuracy alone rewards a cloud that collapses; read it together with completion",
+        *(f"{name}: {BASELINES[name]}" for name in record["baselines"] if name in BASELINES),
+    ]
+    if protocol["modified"]:
+        notes.append("MODIFIED protocol: comparable only with runs that changed the same constants")
+    return [f"- {note}" for note in [*notes, *_skips(record)]]
+
+
+def _skips(record: Mapping[str, Any]) -> list[str]:
+    return [f"skipped {skipped['item']}: {skipped['reason']}" for skipped in record["skipped"]]
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: what is not a number is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
