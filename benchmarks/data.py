@@ -5,6 +5,7 @@ there already. `processes` load side by side, as the workers of a data loader do
 """
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
@@ -103,6 +104,13 @@ def load(case: Case, scenes: Sequence[int], device: torch.device | str = "cpu") 
         source.load(scene, case.request)
 
 
+def processor_ms(run: Run) -> float:
+    """Processor time of one call in this process, which other programs on a shared machine disturb little."""
+    start = time.process_time()
+    run()
+    return 1e3 * (time.process_time() - start)
+
+
 def measure(case: Case, device: torch.device, repeats: Repeats, pool: Executor | None, processes: int) -> list[dict]:
     """One row for each variant."""
     error = check(case, device)
@@ -125,6 +133,7 @@ def measure(case: Case, device: torch.device, repeats: Repeats, pool: Executor |
     if pool is not None:
         side_by_side[f"load, {processes} processes"] = (partial(together, pool), processes)
     timings = time_variants({name: run for name, (run, _) in side_by_side.items()}, device, repeats)
+    processor = {name: processor_ms(run) for name, run in runs.items()}
     views = SCENES_PER_TASK * case.num_views
     return [
         {
@@ -134,6 +143,7 @@ def measure(case: Case, device: torch.device, repeats: Repeats, pool: Executor |
             "variant": name,
             "views/s": round(views * side_by_side[name][1] / timing.median, 1),
             "ms per view": round(1e3 * timing.median / (views * side_by_side[name][1]), 3),
+            "processor ms per view": round(processor[name] / views, 3) if name in processor else None,
             **milliseconds(timing),
             "batch error": f"{error:.1e}",
         }

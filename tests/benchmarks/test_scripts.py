@@ -6,13 +6,14 @@ import subprocess
 import sys
 import zipfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, gpu, gpu_tests, layer, precision, recon
+from benchmarks import attention, data, gpu, gpu_tests, layer, precision, recon
 from benchmarks.common import OutputsDiffer
 from g2vlm.model import attention as model_attention
 from g2vlm.model.attention import registry
@@ -114,6 +115,20 @@ def test_precision(tmp_path: Path) -> None:
     rows = result(tmp_path, "precision")["rows"]
     assert [row["residual"] for row in rows] == ["bfloat16", "float32"]
     assert all(0 < float(row["point error"]) < 0.05 for row in rows)
+
+
+def test_data(tmp_path: Path) -> None:
+    data.main(["--cpu", "--tiny", "--output", str(tmp_path)])
+    rows = result(tmp_path, "data")["rows"]
+    assert [row["variant"] for row in rows] == ["render", "load"]
+    assert all(row["views/s"] > 0 for row in rows)
+
+
+def test_a_wrong_rendering_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = data.Prepared.render
+    monkeypatch.setattr(data.Prepared, "render", lambda self: replace(right(self), depth=1.01 * right(self).depth))
+    with pytest.raises(OutputsDiffer, match="batch against single views"):
+        data.main(["--cpu", "--tiny"])
 
 
 # The collection for a GPU machine.

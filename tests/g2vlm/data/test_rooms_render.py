@@ -70,6 +70,25 @@ def test_rays_along_the_axes() -> None:
         assert np.quantile(np.abs(views.depth[view].flatten().numpy() / exact.depth - 1), 0.99) < 1e-5
 
 
+@pytest.mark.parametrize("seed", [0, 3, 9])
+def test_beside_furniture_that_reaches_behind_the_camera(seed: int) -> None:
+    """Cameras a hand's breadth from a piece of furniture, looking along it: its box straddles the image plane."""
+    scene = build_scene(LAWS["tiny"], seed)
+    piece = max(scene.furniture, key=lambda composite: composite.box.volume)
+    x, y = piece.to_world(0, piece.box.size[1] / 2 + 0.06)
+    centre = np.array([x, y, 0.9 * piece.box.size[2]])
+    turns = (0.0, 0.4, np.pi / 2, np.pi - 0.3, np.pi)
+    poses = np.stack([look(centre, piece.yaw + turn, -0.1, 0.05) for turn in turns])
+    poses = torch.from_numpy(poses).float()
+    K = torch.tensor([[30.0, 0, 35], [0, 30.0, 28], [0, 0, 1]]).expand(len(turns), 3, 3)
+    views = render(pack(scene), poses, K, SIZE)
+    for view in range(len(turns)):
+        exact = oracle(scene, poses[view], K[view])
+        given = views.depth[view].flatten().numpy()
+        far = exact.depth > 0.05
+        assert (np.abs(given / exact.depth - 1)[far] < 1e-4).mean() > 0.998
+
+
 def test_the_same_bits_alone_and_in_company() -> None:
     scene, poses, K = scene_and_views("standard", 2, num_views=5)
     together = render(pack(scene), poses, K, SIZE)
