@@ -159,6 +159,11 @@ def test_command_passes_and_prints_a_table(tmp_path: Path, capsys: pytest.Captur
     assert row.split()[-1] == "ok"
 
 
+def test_command_checks_rooms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "rooms", "--max-scenes", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_command_fails_on_swapped_poses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_canonical(tmp_path, WRONG["world_to_cam"](room_frames(8)))
     assert main(["data", "check", str(tmp_path)]) == 1
