@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from g2vlm.data.frames import ROTATION_FAIL, ROTATION_WARN, Frame, FrameSource, orthonormal, rotation_error
-from g2vlm.data.reprojection import Agreement, PosedDepth, agreement, diagnose
+from g2vlm.data.reprojection import Agreement, PosedDepth, agreement, diagnose, is_ambiguous
 from g2vlm.data.transforms import MIN_MARGIN
 from g2vlm.data.types import SceneSample, SceneSource, ViewRequest
 from g2vlm.errors import InputError
@@ -254,6 +254,8 @@ def _check_agreement(report: SceneReport, compared: list[PosedDepth]) -> None:
         return
     report.agreement = given = agreement(compared)
     if given.pairs and given.error < MAX_ERROR:
+        if is_ambiguous(compared, given, MAX_ERROR):
+            report.warnings.append("the views hardly move: inverted poses would pass as well")
         return
     guess = diagnose(compared, given, MAX_ERROR)
     if given.pairs or guess:
