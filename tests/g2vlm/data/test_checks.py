@@ -167,8 +167,8 @@ def test_command_passes_and_prints_a_table(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_command_checks_rooms(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "check", "rooms", "--max-scenes", "2"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["data", "check", "rooms", "--max-scenes", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_command_fails_on_swapped_poses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
