@@ -127,10 +127,11 @@ def test_the_invalid_code_wraps_in_the_published_mode_only() -> None:
 
 
 def test_the_nearest_surface_wins_and_metres_are_limited() -> None:
-    stored = np.full((480, 640), 3000, np.uint16)
-    stored[100:300, 200:400] = 1000
+    stored = np.zeros((480, 640), np.uint16)
+    stored[100, 400], stored[101, 382] = 700, 4000  # both land at (111, 368), the farther one later
     moved = move_to_colour_camera(stored, clean=True)
-    assert ((moved == 0) | (moved < 1100) | (moved > 2800)).all()
+    assert np.argwhere(moved).tolist() == [[111, 368]]
+    assert 600 < moved[111, 368] < 800
     limits = in_metres(np.array([0, 1, 10_000, 10_001, 65_535], np.uint16))
     np.testing.assert_array_equal(limits, np.float32([0, 1e-3, 10, 0, 0]))
 
