@@ -67,7 +67,6 @@ def test_images_alone(tmp_path: Path) -> None:
 
 
 def test_rooms(tmp_path: Path) -> None:
-    pytest.importorskip("g2vlm.data.rooms.source")
     output = tmp_path / "rooms.png"
     assert main(["data", "preview", "rooms", "-o", str(output), "--views", "2", "--scenes", "1"]) == 0
     with Image.open(output) as sheet:

@@ -188,6 +188,14 @@ def test_wrong_names_and_options_are_explained(tmp_path: Path, name: str, option
         build_source(name, tmp_path, **options)
 
 
+def test_rooms_need_no_folder(tmp_path: Path) -> None:
+    assert build_source("rooms", law="tiny", seed=3).name == "rooms"
+    with pytest.raises(InputError, match="has no folder"):
+        build_source("rooms", tmp_path)
+    with pytest.raises(InputError, match="did you mean seed"):
+        build_source("rooms", seeds=3)
+
+
 def test_option_names_follow_the_class() -> None:
     assert option_names(ImageFolderSource) == ["window", "focal_jitter", "max_bad"]
 
