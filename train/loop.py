@@ -171,7 +171,7 @@ class Run:
             drawn = build_sampler(config.data, validation, VALIDATION_SEED, model.config)
             held_out = StepDataset(drawn, engine.rank, engine.world)
         return cls(config, folder, model, trainer, data, held_out, checkpoints, guard,
-                   RunLog(folder, engine.rank == 0, done), done)  # fmt: skip
+                   RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done)  # fmt: skip
 
     def train(self, asked: threading.Event) -> None:
         """All remaining steps, then the finished model in `model/`."""
