@@ -38,6 +38,10 @@ g2vlm data preview "$OUT/photos" -o "$OUT/sheet.png"
 for file in points.ply points.glb cameras.json preview.png depth/0002.png scene.safetensors; do
     test -s "$OUT/room/$file" || { echo "smoke: $file is missing" >&2; exit 1; }
 done
+PYTHON="$PY" run bash train/stage1_geometry.sh --runtime.steps 3 --runtime.validation_steps 1 --runtime.output "$OUT/stage1"
+PYTHON="$PY" run bash train/stage1_geometry.sh --runtime.steps 5 --runtime.validation_steps 1 --runtime.output "$OUT/stage1" \
+    --runtime.resume auto
+g2vlm recon "$OUT/photos" --model "$OUT/stage1/model" -o "$OUT/trained" --width 84
 if g2vlm recon "$OUT/absent" --model tiny -o "$OUT/none"; then
     echo "smoke: an absent folder was accepted" >&2
     exit 1

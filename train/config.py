@@ -144,6 +144,7 @@ class RuntimeConfig:
         log_every, checkpoint_every, validate_every: intervals in steps; 0 = never.
         validation_steps: batches of a validation.
         keep: checkpoints to keep.
+        tensorboard: also write TensorBoard events (extra `log`).
     """
 
     steps: int = 1500
@@ -159,6 +160,7 @@ class RuntimeConfig:
     validate_every: int = 250
     validation_steps: int = 8
     keep: int = 2
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from g2vlm.errors import MissingExtra
 from train.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,16 @@ class RunLog:
         folder: of the run.
         active: whether this is rank 0.
         done: steps of the checkpoint that the run goes on from; what the log says about later ones is removed.
+        tensorboard: also write the numbers as TensorBoard events.
+
+    Raises:
+        MissingExtra: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, folder: Path, active: bool = True, done: int = 0):
+    def __init__(self, folder: Path, active: bool = True, done: int = 0, tensorboard: bool = False):
         self.folder, self.active = folder, active
         self._named: set[str] = set()
+        self._board = _board(folder, done) if tensorboard and active else None
         if active:
             for name in ("log.jsonl", "speed.jsonl", "bad_samples.jsonl"):
                 _keep(folder / name, done)
@@ -46,10 +52,12 @@ class RunLog:
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of log.jsonl."""
         self._append("log.jsonl", {"schema": SCHEMA, "kind": "step", "step": step, **values})
+        self._plot("train", step, values)
 
     def validation(self, step: int, terms: Mapping[str, float]) -> None:
         """One line of log.jsonl and of the console."""
         self._append("log.jsonl", {"schema": SCHEMA, "kind": "validation", "step": step, **terms})
+        self._plot("validation", step, terms)
         if self.active:
             log.info("validation at step %d: %s", step, _terms(terms))
 
@@ -64,10 +72,24 @@ class RunLog:
             self._named.add(scene)
             log.warning("passed over %s: %s", scene, reason.splitlines()[0])
 
+    def _plot(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
+
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         if self.active:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def _board(folder: Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        raise MissingExtra("TensorBoard is not installed", "", "pip install 'g2vlm[log]'") from None
+    return SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
 
 def _keep(file: Path, done: int) -> None:

@@ -25,6 +25,7 @@ from train.log import Console, RunLog
 from train.objectives.geometry import GeometryObjective, recon_batch_inputs
 from train.objectives.report import Objective
 from train.optim import build_optimizer, learning_rate, set_learning_rate
+from train.pictures import save_picture
 from train.sampler import Sampler
 from train.state import Checkpoints, load_state, model_state, save_state, write_model
 from train.step import Guard, Trainer
@@ -170,7 +171,7 @@ class Run:
             drawn = build_sampler(config.data, validation, VALIDATION_SEED, model.config)
             held_out = StepDataset(drawn, engine.rank, engine.world)
         return cls(config, folder, model, trainer, data, held_out, checkpoints, guard,
-                   RunLog(folder, engine.rank == 0, done), done)  # fmt: skip
+                   RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done)  # fmt: skip
 
     def train(self, asked: threading.Event) -> None:
         """All remaining steps, then the finished model in `model/`."""
@@ -224,13 +225,16 @@ class Run:
         return recon_batch_inputs(batch, self.model.config, coin, bool(geometry and geometry.global_points))
 
     def validate(self, data: StepDataset) -> None:
-        """The same validation batches every time, without augmentation, with global attention where it is mixed."""
+        """The same batches and picture every time, without augmentation, with global attention where it is mixed."""
         self.trainer.model.eval()
-        results = [
-            self.trainer.evaluate(self._inputs(batch, False), batch)
-            for step in range(self.config.runtime.validation_steps)
-            for batch in [data[step].batch.to(self.trainer.engine.device)]
-        ]
+        results = []
+        for step in range(self.config.runtime.validation_steps):
+            batch = data[step].batch.to(self.trainer.engine.device)
+            terms, output = self.trainer.evaluate(self._inputs(batch, False), batch)
+            results.append(terms)
+            if step == 0 and self.trainer.engine.rank == 0 and output.geometry:
+                file = self.folder / "validation" / f"step-{self.done:08d}.png"
+                save_picture(output.geometry[0].to("cpu"), batch.to("cpu"), file)
         self.trainer.model.train()
         self.log.validation(self.done, {name: sum(r[name] for r in results) / len(results) for name in results[0]})
 

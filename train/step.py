@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from g2vlm.data.batch import SceneBatch
 from g2vlm.errors import TrainingAborted
+from g2vlm.model.outputs import G2VLMOutput
 from train.config import GuardConfig
 from train.engine import Engine
 from train.objectives.report import LossReport, Objective
@@ -98,15 +99,15 @@ class Trainer:
         return StepResult(values[0], terms, values[1], dropped, stop=values[3] > 0, bad=int(values[4]))
 
     @torch.no_grad()
-    def evaluate(self, inputs: Mapping[str, Any], batch: SceneBatch) -> dict[str, float]:
-        """The joined loss and terms of a batch."""
+    def evaluate(self, inputs: Mapping[str, Any], batch: SceneBatch) -> tuple[dict[str, float], G2VLMOutput]:
+        """The joined loss and terms of a batch, and this rank's output."""
         output = self.model(**inputs)
         report: LossReport = {}
         for objective in self.objectives:
             report |= objective(output, batch)
         joined, _, _ = self._join(report)
         total = sum(joined[name].item() * term.factor for name, term in report.items())
-        return {"loss": total, **{name: value.item() for name, value in joined.items()}}
+        return {"loss": total, **{name: value.item() for name, value in joined.items()}}, output
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

@@ -19,6 +19,7 @@ from train.state import Checkpoints, load_state, model_state, optimizer_state, s
 
 WORLD = 2
 STEPS = 2
+ENGINES = ("ddp", "fsdp2")
 
 
 def gradients(trainer: Any, model: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -85,10 +86,16 @@ def saved_and_resumed(engine: Any, trainer: Any, model: Any, folder: Path) -> li
     return [train_on(*pair, steps)[1].loss for pair in ((other, twin), (trainer, model))]
 
 
-def process(rank: int, name: str, port: int, folder: Path) -> None:
+def process(rank: int, ports: dict[str, int], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    for name, port in ports.items():
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        (folder / name).mkdir(exist_ok=True)
+        train_with(name, rank, folder / name)
+
+
+def train_with(name: str, rank: int, folder: Path) -> None:
     with engines.engine(name, "cpu") as engine:
         trainer, model = mini_trainer(engine)
         report = run(trainer, model, rank, WORLD)
@@ -106,14 +113,22 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
-    spawned: Any = mp.spawn(process, (name, free_port(), tmp_path), nprocs=WORLD, join=False)
-    alone = run(*mini_trainer(), 0, 1)
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Engine -> what each rank reports, from two processes that try the engines one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawned: Any = mp.spawn(process, ({name: free_port() for name in ENGINES}, folder), nprocs=WORLD, join=False)
     while not spawned.join(timeout=60):
         pass
-    reports = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
-    for report in reports:
+    return {
+        name: [torch.load(folder / name / f"{rank}.pt", weights_only=True) for rank in range(WORLD)] for name in ENGINES
+    }
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_ranks_are_one(name: str, reports: dict[str, list[dict[str, Any]]]) -> None:
+    alone, joined = run(*mini_trainer(), 0, 1), reports[name]
+    for report in joined:
         assert report["sharded"] == (name == "fsdp2")
         assert report["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         assert report["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
@@ -124,9 +139,9 @@ def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
         assert report["dropped"] == ["nonfinite", "nonfinite", None]
         assert report["stop"]
         assert report["resumed"][0] == report["resumed"][1]
-    assert reports[0]["loss"] == reports[1]["loss"]
-    for key in reports[0]["weights"]:
-        assert torch.equal(reports[0]["weights"][key], reports[1]["weights"][key]), key
+    assert joined[0]["loss"] == joined[1]["loss"]
+    for key in joined[0]["weights"]:
+        assert torch.equal(joined[0]["weights"][key], joined[1]["weights"][key]), key
 
 
 def test_sharded_checkpoints_fit_one_process(tmp_path: Path) -> None:

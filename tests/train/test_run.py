@@ -2,6 +2,7 @@ import json
 import logging
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_mistakes_are_one_clear_error(
     assert words in text
     assert text.count("error:") == 1
     assert "Traceback" not in text
+
+
+def test_tensorboard_is_optional(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    writer = type("Writer", (), {"add_scalar": lambda self, *values: drawn.append(values)})
+    fake = types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.ModuleType("torch.utils.tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", fake)
+    assert run.main(["--config", str(config), "--runtime.tensorboard", "true"]) == 0
+    assert {("train/loss", 1), ("train/loss", 2), ("validation/points", 2)} <= {(name, step) for name, _, step in drawn}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    assert run.main(["--config", str(config), "--runtime.tensorboard", "true"]) == 3
 
 
 def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:

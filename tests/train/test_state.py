@@ -47,6 +47,9 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
     assert {"loss", "points", "rotation", "lr", "grad_norm", "dropped", "views", "size"} <= lines[0].keys()
     assert not list(finished.rglob(".*"))
+    pictures = sorted((finished / "validation").iterdir())
+    assert [picture.name for picture in pictures] == ["step-00000003.png", "step-00000006.png"]
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
     for folder in (finished / "model", finished / "checkpoints/step-00000006"):
         prediction = g2vlm.load(folder, device="cpu").predict(torch.rand(2, 3, 28, 28))
         assert prediction.local_points.isfinite().all()
