@@ -17,12 +17,14 @@ from eval.pictures import draw, evenly
 from eval.protocols import Protocol, find_protocol
 from eval.reconstructions import photo_folders, reconstruct_folders
 from eval.report import item_lines, outputs_only, results, table, write
-from eval.sources import Item, frame_items, require_folder
+from eval.sources import Item, first_views, frame_items, require_folder
 from g2vlm.config import PRESETS
 from g2vlm.data.canonical import CanonicalSource
+from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
 from g2vlm.errors import InputError
 from g2vlm.export import file_errors
+from g2vlm.images import PATCH
 from g2vlm.pipeline import Pipeline, load
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,10 @@ def recon(args: Namespace) -> None:
     """Evaluate, or only reconstruct; write everything into the output folder; print the table."""
     for name in ("views", "width", "max_points", "limit"):
         require_positive(name, args[name])
+    if args.width is not None and args.width % PATCH:
+        raise InputError(
+            f"cannot use --width {args.width}", "", f"views are made of patches: use a multiple of {PATCH}"
+        )
     protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points)
     output = output_folder(args.output)
     log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
@@ -102,10 +108,16 @@ def load_named(model: str | None, device: str, dtype: str | None) -> tuple[Pipel
 
 
 def rooms(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
-    """The held-out rooms; --views takes the first of each room's."""
-    if data is not None or protocol.width is not None:
-        raise InputError("rooms-heldout-v1 is fixed", "it takes neither --data nor --width", "leave them out")
-    raise NotImplementedError
+    """The held-out rooms, at their size or a --width; --views takes the first of each room's."""
+    if data is not None:
+        raise InputError("rooms-heldout-v1 is rendered", "it takes no --data", "leave it out")
+    size = SIZE if protocol.width is None else (protocol.width, protocol.width)
+    held_out = source()
+    items = [
+        Item(f"heldout-{scene:02d}", lambda scene=scene, request=request: held_out.load(scene, request))
+        for scene, request in enumerate(requests(size))
+    ]
+    return first_views(items, protocol.views.count), protocol
 
 
 def seven_scenes(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
