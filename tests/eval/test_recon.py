@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.commands import OPEN, output_folder
+from eval.commands import OPEN, output_folder, require_better_than_constant
 from eval.evaluate import MODEL, evaluate
 from eval.protocols import find_protocol
 from eval.recon import DATASETS, main
 from eval.scoring import score
 from g2vlm.data.types import SceneSample
+from g2vlm.errors import CheckFailed
 from geometry import GeometryPrediction, normals_from_points
 from tests.eval.samples import random_rotation
 from tests.g2vlm.data.scenes import SHARED_DATA, write_canonical, write_seven_scenes
@@ -44,7 +45,9 @@ def oracle(sample: SceneSample) -> GeometryPrediction:
     poses = sample.cam_to_world.clone()
     poses[:, :3, :3] = turn @ poses[:, :3, :3]
     poses[:, :3, 3] = scale * poses[:, :3, 3] @ turn.mT + torch.tensor([1.0, 2.0, 3.0])
-    normals, _ = normals_from_points(sample.local_points, sample.valid)
+    normals = sample.normals
+    if normals is None:
+        normals, _ = normals_from_points(sample.local_points, sample.valid)
     return GeometryPrediction(scale * sample.local_points, poses, normals)
 
 
@@ -90,6 +93,38 @@ def test_a_sequence_is_scored_beside_baselines(seven_scenes: Path, tmp_path: Pat
     assert {path: path.read_bytes() for path in output.glob("*.*")} == before
 
 
+def test_a_perfect_prediction_scores_perfectly_on_the_held_out_rooms() -> None:
+    protocol = find_protocol("rooms")
+    items, protocol = OPEN["rooms"](None, protocol)
+    assert len(items) == 64
+    result = evaluate(items[:2], {MODEL: lambda sample: score(oracle(sample), sample, protocol)}, protocol)
+    metrics = result.metrics(MODEL)
+    assert metrics["num_pairs"] == 12
+    assert metrics["abs_rel"] < 1e-6
+    assert metrics["accuracy_mean"] < 1e-5
+    assert metrics["completion_mean"] < 1e-5
+    assert (metrics["rra_5"], metrics["rta_5"], metrics["auc_30"]) == (100, 100, 100)
+    assert metrics["normal_derived_mean_deg"] < 0.05
+    assert [row.item for row in result.rows[MODEL]] == ["heldout-00", "heldout-01"]
+
+
+def test_the_held_out_rooms_are_the_default_and_the_gate_holds_back_random_weights(tmp_path: Path, capsys) -> None:
+    arguments = ("--limit", 2, "--views", 2, "--pictures", 0, "--gate", 0.8)
+    code, out, err = run(capsys, *arguments, "--model", "tiny", "-o", tmp_path / "out")
+    assert code == 1
+    assert out.startswith("rooms-heldout-v1 (modified: views 2)\n")
+    assert "2 scenes, 0 skipped, 2 pairs of views" in out
+    assert "misses its gate" in err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["count"] == 2
+
+
+def test_the_gate_lets_a_better_model_pass() -> None:
+    record = {"metrics": {"abs_rel": 0.15}, "baselines": {"constant depth": {"abs_rel": 0.2}}}
+    require_better_than_constant(record, 0.8)
+    with pytest.raises(CheckFailed, match=r"0\.75 times"):
+        require_better_than_constant(record, 0.7)
+
+
 def test_a_damaged_scene_is_skipped_and_counted(tmp_path: Path, capsys) -> None:
     for scene in ("a", "b"):
         write_canonical(tmp_path / "data" / scene)
@@ -129,6 +164,7 @@ def test_photographs_are_reconstructed_and_not_scored(tmp_path: Path, capsys) ->
         (["--dataset", "seven_scenes", "--data", "empty"], 2, "no sequences"),
         (["--protocol", "7scenes-proj"], 2, "rooms-heldout-v1"),
         (["--width", "85"], 2, "multiple of 14"),
+        (["--dataset", "images", "--data", "photos", "--gate", "0.8"], 2, "--gate needs scores"),
         (["--views", "0"], 2, "--views must be at least 1"),
         (["--data", "empty"], 2, "takes no --data"),
         (["--dataset", "images", "--data", "photos", "--model", "absent"], 2, "no model absent"),
