@@ -33,6 +33,8 @@ g2vlm convert tests/golden/g2vlm_tiny "$OUT/ours" --check
 g2vlm convert "$OUT/ours" "$OUT/released" --check
 g2vlm recon "$OUT/photos" --model "$OUT/ours" -o "$OUT/room" --width 112
 g2vlm info "$OUT/room"
+g2vlm data check "$OUT/photos"
+g2vlm data preview "$OUT/photos" -o "$OUT/sheet.png"
 for file in points.ply points.glb cameras.json preview.png depth/0002.png scene.safetensors; do
     test -s "$OUT/room/$file" || { echo "smoke: $file is missing" >&2; exit 1; }
 done

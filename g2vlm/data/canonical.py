@@ -6,8 +6,9 @@ The reader refuses what it does not know; the writer writes what the reader acce
 import difflib
 import io
 import json
+import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -114,12 +115,23 @@ def scene_folders(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise InputError(f"missing data folder  {root}", "there is no folder of that name", "check the spelling")
-    if (root / META_NAME).is_file():
-        return [root]
-    found = sorted((path.parent for path in root.rglob(META_NAME)), key=natural_key)
+    found = sorted(_walk(root), key=natural_key)
     if not found:
         raise InputError(f"no scenes in  {root}", f"no folder in it has a {META_NAME}", "see docs/data.md")
     return found
+
+
+def has_scenes(root: Path) -> bool:
+    """Whether a scene folder lies at `root` or in it."""
+    return any(True for _ in _walk(root))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Scene folders at any depth; the inside of a scene is not searched, links are not followed."""
+    for folder, children, files in os.walk(root):
+        if META_NAME in files:
+            children.clear()
+            yield Path(folder)
 
 
 # ---------------------------------------------------------------------------------------------- metadata

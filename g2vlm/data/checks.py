@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from g2vlm.data.frames import ROTATION_FAIL, ROTATION_WARN, Frame, FrameSource, orthonormal, rotation_error
-from g2vlm.data.reprojection import Agreement, PosedDepth, agreement, diagnose
+from g2vlm.data.reprojection import Agreement, PosedDepth, agreement, diagnose, is_ambiguous
 from g2vlm.data.transforms import MIN_MARGIN
 from g2vlm.data.types import SceneSample, SceneSource, ViewRequest
 from g2vlm.errors import InputError
@@ -126,22 +126,31 @@ def check_source(source: SceneSource, rules: CheckRules | None = None) -> Report
 
 def _check_scene(source: SceneSource, scene: int, rules: CheckRules) -> SceneReport:
     report = SceneReport(f"{source.name} {scene}")
-    compared: list[PosedDepth] = []
     try:
-        if isinstance(source, FrameSource):
-            report.name = source.facts(scene).name
-            count = source.num_views(scene)
-            indices = _evenly(count, rules.max_frames or count)
-            _check_frames(report, _read(source, scene, indices), len(indices), compared, rules)
-        else:
-            sample = source.load(scene, RENDERED)
-            report.name = sample.scene or report.name
-            _check_frames(report, iter(frames_of(sample)), sample.num_views, compared, rules)
+        compared = _check_frames(report, _frames(source, scene, report, rules), rules)
     except InputError as error:
         report.failures.append(_line(error))
         return report
     _check_agreement(report, compared)
     return report
+
+
+def _frames(
+    source: SceneSource, scene: int, report: SceneReport, rules: CheckRules
+) -> Iterator[tuple[Frame | InputError, bool]]:
+    """What a scene holds, frame by frame, and whether the frame is one of those to compare; names the report."""
+    if isinstance(source, FrameSource):
+        report.name = source.facts(scene).name
+        count = source.num_views(scene)
+        indices = _evenly(count, rules.max_frames or count)
+        entries = _read(source, scene, indices)
+    else:
+        sample = source.load(scene, RENDERED)
+        report.name = sample.scene or report.name
+        indices, entries = range(sample.num_views), iter(frames_of(sample))
+    compared = set(_evenly(len(indices), COMPARED_VIEWS))
+    for i, entry in enumerate(entries):
+        yield entry, i in compared
 
 
 def _evenly(count: int, wanted: int) -> list[int]:
@@ -162,10 +171,8 @@ def frames_of(sample: SceneSample) -> list[Frame]:
     for view in range(sample.num_views):
         depth = None
         if sample.depth is not None:
-            valid = (
-                torch.ones_like(sample.depth[view], dtype=torch.bool) if sample.valid is None else sample.valid[view]
-            )
-            depth = torch.where(valid, sample.depth[view], 0).cpu().numpy()
+            known = sample.depth[view]
+            depth = (known if sample.valid is None else torch.where(sample.valid[view], known, 0)).cpu().numpy()
         K = None if sample.intrinsics is None else sample.intrinsics[view].double().cpu().numpy()
         pose = None if sample.cam_to_world is None else sample.cam_to_world[view].double().cpu().numpy()
         name = sample.view_ids[view] if sample.view_ids else f"view {view}"
@@ -174,43 +181,46 @@ def frames_of(sample: SceneSample) -> list[Frame]:
 
 
 def _check_frames(
-    report: SceneReport,
-    entries: Iterator[Frame | InputError],
-    count: int,
-    compared: list[PosedDepth],
-    rules: CheckRules,
-) -> None:
-    """Fill the report, frame by frame, and keep the views to compare; images are not kept."""
-    kept, shares = set(_evenly(count, COMPARED_VIEWS)), []
-    for i, entry in enumerate(entries):
+    report: SceneReport, entries: Iterator[tuple[Frame | InputError, bool]], rules: CheckRules
+) -> list[PosedDepth]:
+    """Fill the report, frame by frame; return the views to compare. Images are not kept."""
+    compared: list[PosedDepth] = []
+    shares: list[float] = []
+    for entry, wanted in entries:
         report.views += 1
         if isinstance(entry, InputError):
             report.bad.append(_line(entry))
             continue
         report.sizes.add((entry.image.shape[0], entry.image.shape[1]))
-        share = None if entry.depth is None else float((entry.depth > 0).mean())
-        shares += [] if share is None else [share]
-        reasons = camera_faults(entry, report) + _depth_faults(entry, share, rules)
-        if reasons:
-            report.bad.append(f"{report.name}/{entry.name}: {'; '.join(reasons)}")
-        elif i in kept and entry.depth is not None and entry.intrinsics is not None and entry.cam_to_world is not None:
-            compared.append(PosedDepth(entry.depth, entry.intrinsics, orthonormal(entry.cam_to_world)))
+        shares += [] if entry.depth is None else [float((entry.depth > 0).mean())]
+        if faults := camera_faults(entry) + depth_faults(entry, rules.min_depth):
+            report.bad.append(f"{report.name}/{entry.name}: {'; '.join(faults)}")
+            continue
+        if entry.cam_to_world is not None:
+            report.rotation = max(report.rotation or 0.0, rotation_error(entry.cam_to_world))
+        if wanted and (posed := _posed(entry)):
+            compared.append(posed)
     report.valid_depth = float(np.median(shares)) if shares else None
     if report.views == 0:
         report.failures.append("it has no frames")
     if report.rotation is not None and report.rotation > ROTATION_WARN:
         report.warnings.append(f"rotations are orthonormal to {report.rotation:.1e} only; they are made orthonormal")
+    return compared
 
 
-def camera_faults(frame: Frame, report: SceneReport) -> list[str]:
-    """What is wrong with the camera of a frame; the largest rotation error goes into the report."""
+def _posed(frame: Frame) -> PosedDepth | None:
+    if frame.depth is None or frame.intrinsics is None or frame.cam_to_world is None:
+        return None
+    return PosedDepth(frame.depth, frame.intrinsics, orthonormal(frame.cam_to_world))
+
+
+def camera_faults(frame: Frame) -> list[str]:
+    """What is wrong with the camera of a frame."""
     faults = []
     if frame.cam_to_world is not None:
         if not np.isfinite(frame.cam_to_world).all():
-            return ["the pose is not finite"]
-        error = rotation_error(frame.cam_to_world)
-        report.rotation = max(report.rotation or 0.0, error)
-        if error > ROTATION_FAIL:
+            faults.append("the pose is not finite")
+        elif (error := rotation_error(frame.cam_to_world)) > ROTATION_FAIL:
             faults.append(f"the rotation is off by {error:.1e}")
     if frame.intrinsics is not None:
         faults += intrinsics_faults(frame.intrinsics, (frame.image.shape[0], frame.image.shape[1]))
@@ -229,12 +239,14 @@ def intrinsics_faults(K: np.ndarray, size: tuple[int, int]) -> list[str]:
     return []
 
 
-def _depth_faults(frame: Frame, share: float | None, rules: CheckRules) -> list[str]:
-    if frame.depth is None or share is None:
+def depth_faults(frame: Frame, min_share: float) -> list[str]:
+    """What is wrong with the depth of a frame of which `min_share` should be valid."""
+    if frame.depth is None:
         return []
     if not np.isfinite(frame.depth).all():
         return [f"{int((~np.isfinite(frame.depth)).sum()):,} depth values are not finite"]
-    return [f"only {share:.2%} of its depth is valid"] if share < rules.min_depth else []
+    share = float((frame.depth > 0).mean())
+    return [f"only {share:.2%} of its depth is valid"] if share < min_share else []
 
 
 def _check_agreement(report: SceneReport, compared: list[PosedDepth]) -> None:
@@ -242,6 +254,8 @@ def _check_agreement(report: SceneReport, compared: list[PosedDepth]) -> None:
         return
     report.agreement = given = agreement(compared)
     if given.pairs and given.error < MAX_ERROR:
+        if is_ambiguous(compared, given, MAX_ERROR):
+            report.warnings.append("the views hardly move: inverted poses would pass as well")
         return
     guess = diagnose(compared, given, MAX_ERROR)
     if given.pairs or guess:

@@ -16,6 +16,7 @@ import torch
 from g2vlm.data.transforms import (
     Fit,
     centred_box,
+    crop_centre,
     draw_zoom,
     move_intrinsics,
     resize_image,
@@ -152,7 +153,9 @@ class FrameSource(ABC):
         if (scene, index) in self._bad:
             return None
         try:
-            return self.read_frame(scene, index)
+            frame = self.read_frame(scene, index)
+            crop_centre((frame.image.shape[0], frame.image.shape[1]), frame.intrinsics, frame.name)
+            return frame
         except InputError as error:
             self._bad[scene, index] = error
             log.warning("left out: %s (%s)", error.what, error.why)

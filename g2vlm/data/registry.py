@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from g2vlm.data.canonical import has_scenes
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError
 
@@ -64,10 +65,10 @@ def detect_source(root: Path) -> str:
     """
     if not root.is_dir():
         raise InputError(f"missing data folder  {root}", "there is no folder of that name", "check the spelling")
-    if any(root.rglob("scene_meta.json")):
-        return "canonical"
     patterns = ("frame-*.pose.txt", "seq-*/frame-*.pose.txt", "*/seq-*/frame-*.pose.txt")
-    return "seven_scenes" if any(any(root.glob(pattern)) for pattern in patterns) else "images"
+    if any(any(root.glob(pattern)) for pattern in patterns):
+        return "seven_scenes"
+    return "canonical" if has_scenes(root) else "images"
 
 
 def _unknown(what: str, given: str, known: list[str]) -> InputError:

@@ -83,14 +83,17 @@ def alternatives(views: Sequence[PosedDepth]) -> Mapping[str, list[PosedDepth]]:
     """The same views read in the other ways that are common; keys say what was mistaken for what."""
     flip = np.diag([1.0, -1.0, -1.0, 1.0])
     return {
-        "the poses look like world_to_cam": [
-            replace(view, cam_to_world=np.linalg.inv(view.cam_to_world)) for view in views
-        ],
+        "the poses look like world_to_cam": inverted(views),
         "the poses look like cam_to_world with OpenGL axes": [
             replace(view, cam_to_world=view.cam_to_world @ flip) for view in views
         ],
         "the depth looks like distances along the rays": [replace(view, depth=_z_from_ray(view)) for view in views],
     }
+
+
+def inverted(views: Sequence[PosedDepth]) -> list[PosedDepth]:
+    """The views with their poses inverted."""
+    return [replace(view, cam_to_world=np.linalg.inv(view.cam_to_world)) for view in views]
 
 
 def _z_from_ray(view: PosedDepth) -> np.ndarray:
@@ -106,3 +109,9 @@ def diagnose(views: Sequence[PosedDepth], given: Agreement, limit: float) -> str
         if found.pairs and found.error < limit and found.close > 1.2 * given.close:
             return name
     return ""
+
+
+def is_ambiguous(views: Sequence[PosedDepth], given: Agreement, limit: float) -> bool:
+    """Whether inverted poses fit nearly as well, because the views hardly move."""
+    found = agreement(inverted(views))
+    return found.pairs >= given.pairs and found.error < limit and found.close > 0.95 * given.close

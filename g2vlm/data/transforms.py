@@ -57,18 +57,30 @@ def centred_box(size: tuple[int, int], target: tuple[int, int], K: np.ndarray | 
     Raises:
         InputError: the principal point is nearer to a border than a fifth of that side.
     """
-    height, width = size
-    middle_x, middle_y = (width / 2, height / 2) if K is None else (float(K[0, 2]) + 0.5, float(K[1, 2]) + 0.5)
-    half_x, half_y = min(middle_x, width - middle_x), min(middle_y, height - middle_y)
-    if half_x < MIN_MARGIN * width or half_y < MIN_MARGIN * height:
-        raise InputError(
-            "cannot crop around the principal point",
-            f"it is at ({middle_x - 0.5:.1f}, {middle_y - 0.5:.1f}) of a {width} x {height} image",
-            f"it must keep {MIN_MARGIN:.0%} of each side to every border; check the intrinsics",
-        )
+    middle_y, middle_x = crop_centre(size, K)
+    half_x, half_y = min(middle_x, size[1] - middle_x), min(middle_y, size[0] - middle_y)
     scale = min(half_x / target[1], half_y / target[0]) * zoom
     half_y, half_x = scale * target[0], scale * target[1]
     return Box(middle_y - half_y, middle_x - half_x, 2 * half_y, 2 * half_x)
+
+
+def crop_centre(size: tuple[int, int], K: np.ndarray | None, name: str = "") -> tuple[float, float]:
+    """Where the principal point of an image of `size` is, (y, x) from its edges; without K its middle.
+
+    Raises:
+        InputError: it is nearer to a border than a fifth of that side; `name` tells of which view.
+    """
+    height, width = size
+    if K is None:
+        return height / 2, width / 2
+    y, x = float(K[1, 2]) + 0.5, float(K[0, 2]) + 0.5
+    if min(x, width - x) < MIN_MARGIN * width or min(y, height - y) < MIN_MARGIN * height:
+        raise InputError(
+            f"cannot crop around the principal point  {name}".rstrip(),
+            f"it is at ({x - 0.5:.1f}, {y - 0.5:.1f}) of a {width} x {height} image",
+            f"it must keep {MIN_MARGIN:.0%} of each side to every border; check the intrinsics",
+        )
+    return y, x
 
 
 def resize_image(image: np.ndarray, box: Box, target: tuple[int, int]) -> np.ndarray:

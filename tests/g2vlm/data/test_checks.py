@@ -76,6 +76,13 @@ def test_views_of_different_places_are_a_warning(tmp_path: Path) -> None:
     assert "unchecked" in report.scenes[0].warnings[0]
 
 
+def test_views_that_hardly_move_are_a_warning(tmp_path: Path) -> None:
+    frame = room_frames()[0]
+    report = check(tmp_path, [replace(frame, name=f"{i}") for i in range(3)])
+    assert report.failures == []
+    assert "hardly move" in report.scenes[0].warnings[0]
+
+
 def test_little_depth_is_bad(tmp_path: Path) -> None:
     frames = list(room_frames(8))
     frames[2] = replace(frames[2], depth=np.zeros_like(frames[2].depth))
@@ -157,6 +164,11 @@ def test_command_passes_and_prints_a_table(tmp_path: Path, capsys: pytest.Captur
     assert header.split() == ["scene", "views", "bad", "size", "rotation", "depth", "reprojection", "pairs", "result"]
     assert row.split()[:4] == ["room", "8", "0", "112x84"]
     assert row.split()[-1] == "ok"
+
+
+def test_command_checks_rooms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "rooms", "--max-scenes", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_command_fails_on_swapped_poses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,13 @@ def test_images_alone(tmp_path: Path) -> None:
     assert contact_sheet(load_samples(ImageFolderSource(tmp_path))).width == WIDTH
 
 
+def test_rooms(tmp_path: Path) -> None:
+    output = tmp_path / "rooms.png"
+    assert main(["data", "preview", "rooms", "-o", str(output), "--views", "2", "--scenes", "1"]) == 0
+    with Image.open(output) as sheet:
+        assert sheet.width == WIDTH
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_canonical(tmp_path / "room")
     output = tmp_path / "out" / "sheet.png"

@@ -1,6 +1,7 @@
 """What all readers share: which views a sample gets, unreadable files, names of sources."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,14 @@ def test_too_many_damaged_images_stop_it(tmp_path: Path) -> None:
     assert error.value.code == 6
 
 
+def test_views_that_cannot_be_cropped_are_left_out(tmp_path: Path) -> None:
+    frames = list(room_frames(8))
+    K = np.array([[100.0, 0, 5], [0, 100, 40], [0, 0, 1]])
+    frames[3] = replace(frames[3], intrinsics=K)
+    source = CanonicalSource(write_canonical(tmp_path, frames), max_bad=0.2)
+    assert "view-03" not in source.load(0, ViewRequest(7, (56, 56), 0)).view_ids
+
+
 def test_too_few_views(tmp_path: Path) -> None:
     source = ImageFolderSource(photos(tmp_path, 3))
     with pytest.raises(InputError, match="3 readable of 3, 4 asked for"):
@@ -177,6 +186,14 @@ def test_sources_are_built_by_name(tmp_path: Path) -> None:
 def test_wrong_names_and_options_are_explained(tmp_path: Path, name: str, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_source(name, tmp_path, **options)
+
+
+def test_rooms_need_no_folder(tmp_path: Path) -> None:
+    assert build_source("rooms", law="tiny", seed=3).name == "rooms"
+    with pytest.raises(InputError, match="has no folder"):
+        build_source("rooms", tmp_path)
+    with pytest.raises(InputError, match="did you mean seed"):
+        build_source("rooms", seeds=3)
 
 
 def test_option_names_follow_the_class() -> None:
