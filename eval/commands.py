@@ -43,7 +43,7 @@ def recon(args: Namespace) -> None:
         )
     if args.gate is not None and args.dataset == "images":
         raise InputError("--gate needs scores", "photographs have no ground truth", "leave it out")
-    protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points)
+    protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points, args.limit)
     output = output_folder(args.output)
     log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
     run = reconstruct_photos if args.dataset == "images" else evaluate_dataset

@@ -114,9 +114,18 @@ class Protocol:
     options: dict[str, str] = field(default_factory=dict)
     modified: dict[str, int] = field(default_factory=dict)
 
-    def changed(self, width: int | None = None, views: int | None = None, max_points: int | None = None) -> "Protocol":
-        """The protocol with other constants (None: as they are), recorded in `modified` and in `label`."""
-        given = {"width": width, "views": views, "max_points": max_points}
+    def changed(
+        self,
+        width: int | None = None,
+        views: int | None = None,
+        max_points: int | None = None,
+        limit: int | None = None,
+    ) -> "Protocol":
+        """The protocol with other constants (None: as they are), recorded in `modified` and in `label`.
+
+        `limit`, the number of scenes to stop at, is only recorded.
+        """
+        given = {"width": width, "views": views, "max_points": max_points, "limit": limit}
         modified = {name: value for name, value in given.items() if value is not None}
         return replace(
             self,

@@ -112,7 +112,7 @@ def test_the_held_out_rooms_are_the_default_and_the_gate_holds_back_random_weigh
     arguments = ("--limit", 2, "--views", 2, "--pictures", 0, "--gate", 0.8)
     code, out, err = run(capsys, *arguments, "--model", "tiny", "-o", tmp_path / "out")
     assert code == 1
-    assert out.startswith("rooms-heldout-v1 (modified: views 2)\n")
+    assert out.startswith("rooms-heldout-v1 (modified: views 2, limit 2)\n")
     assert "2 scenes, 0 skipped, 2 pairs of views" in out
     assert "misses its gate" in err
     assert json.loads((tmp_path / "out" / "results.json").read_text())["count"] == 2
