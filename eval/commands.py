@@ -1,7 +1,7 @@
 """What `eval/recon.py` does, once its arguments are parsed."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,18 +11,20 @@ from jsonargparse import Namespace
 from transformers.utils.logging import disable_progress_bar
 
 import g2vlm
-from eval.baselines import baseline_systems, model_system
+from eval.baselines import CONSTANT, baseline_systems, model_system
 from eval.evaluate import MODEL, Evaluation, evaluate
 from eval.pictures import draw, evenly
 from eval.protocols import Protocol, find_protocol
 from eval.reconstructions import photo_folders, reconstruct_folders
 from eval.report import item_lines, outputs_only, results, table, write
-from eval.sources import Item, frame_items, require_folder
+from eval.sources import Item, first_views, frame_items, require_folder
 from g2vlm.config import PRESETS
 from g2vlm.data.canonical import CanonicalSource
+from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
-from g2vlm.errors import InputError
+from g2vlm.errors import CheckFailed, InputError
 from g2vlm.export import file_errors
+from g2vlm.images import PATCH
 from g2vlm.pipeline import Pipeline, load
 
 log = logging.getLogger(__name__)
@@ -35,12 +37,20 @@ def recon(args: Namespace) -> None:
     """Evaluate, or only reconstruct; write everything into the output folder; print the table."""
     for name in ("views", "width", "max_points", "limit"):
         require_positive(name, args[name])
-    protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points)
+    if args.width is not None and args.width % PATCH:
+        raise InputError(
+            f"cannot use --width {args.width}", "", f"views are made of patches: use a multiple of {PATCH}"
+        )
+    if args.gate is not None and args.dataset == "images":
+        raise InputError("--gate needs scores", "photographs have no ground truth", "leave it out")
+    protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points, args.limit)
     output = output_folder(args.output)
     log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
     run = reconstruct_photos if args.dataset == "images" else evaluate_dataset
     record = run(args, protocol, output)
-    print(f"{table(record)}\nresults in {output}")
+    print(f"{table(record)}\nresults in {output}", flush=True)
+    if args.gate is not None:
+        require_better_than_constant(record, args.gate)
 
 
 def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
@@ -68,6 +78,16 @@ def reconstruct_photos(args: Namespace, protocol: Protocol, output: Path) -> dic
         record = outputs_only(protocol, done, skipped, model)
         write(output, record, [asdict(scene) for scene in done], str(pipeline.model.device))
     return record
+
+
+def require_better_than_constant(record: Mapping[str, Any], share: float) -> None:
+    """Raise CheckFailed unless the model's AbsRel is at most `share` of the best constant depth's."""
+    model, constant = (metrics.get("abs_rel") for metrics in (record["metrics"], record["baselines"].get(CONSTANT, {})))
+    if model is None or constant is None:
+        raise InputError("--gate cannot be checked", "no depth was scored", "leave it out, or use data with depth")
+    if not model <= share * constant:
+        why = f"AbsRel {model:.4f} is {model / constant:.2f} times the best constant depth's {constant:.4f}"
+        raise CheckFailed("the model misses its gate", f"{why}; asked for at most {share:g} times", "train longer")
 
 
 def score_model(items: Sequence[Item], pipeline: Pipeline, protocol: Protocol) -> Evaluation:
@@ -102,10 +122,16 @@ def load_named(model: str | None, device: str, dtype: str | None) -> tuple[Pipel
 
 
 def rooms(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:
-    """The held-out rooms; --views takes the first of each room's."""
-    if data is not None or protocol.width is not None:
-        raise InputError("rooms-heldout-v1 is fixed", "it takes neither --data nor --width", "leave them out")
-    raise NotImplementedError
+    """The held-out rooms, at their size or a --width; --views takes the first of each room's."""
+    if data is not None:
+        raise InputError("rooms-heldout-v1 is rendered", "it takes no --data", "leave it out")
+    size = SIZE if protocol.width is None else (protocol.width, protocol.width)
+    held_out = source()
+    items = [
+        Item(f"heldout-{scene:02d}", lambda scene=scene, request=request: held_out.load(scene, request))
+        for scene, request in enumerate(requests(size))
+    ]
+    return first_views(items, protocol.views.count), protocol
 
 
 def seven_scenes(data: Path | None, protocol: Protocol) -> tuple[list[Item], Protocol]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,11 +81,11 @@ def _evaluate_item(item: Item, systems: Mapping[str, System], evaluation: Evalua
         sample = item.load()
         for name, system in systems.items():
             stage = name
-            rows[name] = system(sample)
+            rows[name] = replace(system(sample), item=item.name)
     except torch.OutOfMemoryError as error:
         fix = "use fewer --views or a smaller --width"
         raise ResourceError(f"not enough memory for {item.name}", str(error).splitlines()[0], fix) from error
-    except (ValueError, CheckFailed) as error:  # InputError is a ValueError
+    except (ValueError, OSError, CheckFailed) as error:  # InputError is a ValueError
         reason = f"{stage}: {' '.join(str(error).split())}"
         log.warning("skipped %s: %s", item.name, reason)
         evaluation.skipped.append(Skipped(item.name, reason))

@@ -33,6 +33,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--max-points", type=int, help="thin point clouds to this size, for quick looks")
     parser.add_argument("--limit", type=int, help="only the first N scenes")
     parser.add_argument("--pictures", type=int, default=4, help="draw at most this many scenes")
+    parser.add_argument("--gate", type=float, help="exit 1 unless AbsRel <= this share of the best constant depth's")
     parser.add_argument("-o", "--output", type=Path, help="empty folder for the results; default: a new one in runs/")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")

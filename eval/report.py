@@ -163,9 +163,10 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         return [f"- {note}" for note in _skips(record)]
     protocol = record["protocol"]
     notes = [
-        f"depth: one scale per scene ({protocol['depth']['alignment']}), mean over scenes by "
-        f"{'valid pixels' if protocol['depth']['average'] == 'pixels' else 'scene'}; "
-        f"points: Umeyama, then ICP at {protocol['points']['icp_distance']:g}; "
+        f"depth: one scale per scene ({protocol['depth']['alignment']}), "
+        f"{'scenes weighted by valid pixels' if protocol['depth']['average'] == 'pixels' else 'plain mean of scenes'}; "
+        f"points: {_thinned(protocol['points']['max_points'])}Umeyama, then ICP at "
+        f"{protocol['points']['icp_distance']:g}; "
         f"poses: {protocol['poses']['relative']} order, pairs of all scenes pooled",
         "accuracy alone rewards a cloud that collapses; read it together with completion",
         *(f"{name}: {BASELINES[name]}" for name in record["baselines"] if name in BASELINES),
@@ -173,6 +174,10 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     if protocol["modified"]:
         notes.append("MODIFIED protocol: comparable only with runs that changed the same constants")
     return [f"- {note}" for note in [*notes, *_skips(record)]]
+
+
+def _thinned(max_points: int | None) -> str:
+    return "" if max_points is None else f"at most {max_points:,} of each cloud, "
 
 
 def _skips(record: Mapping[str, Any]) -> list[str]:

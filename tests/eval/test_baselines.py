@@ -95,3 +95,11 @@ def test_a_model_that_puts_out_nan_is_refused(pipeline: Pipeline) -> None:
             parameter.fill_(torch.nan)
     with pytest.raises(CheckFailed, match="not finite"):
         predict(broken, room_sample(1))
+
+
+def test_true_cameras_place_the_planes_of_constant_depth() -> None:
+    """In a world of one depth they are the world itself."""
+    sample = room_sample(depth=torch.full((3, 42, 56), 2.0))
+    row = constant_depth(sample, ROOMS)
+    assert row.accuracy_mean < 1e-5
+    assert row.completion_mean < 1e-5
