@@ -5,7 +5,6 @@ from g2vlm.data.rooms.covisibility import covisibility
 from g2vlm.data.rooms.heldout_v1 import heldout
 from g2vlm.data.rooms.layout import LAWS, SceneLaw, build_scene
 from g2vlm.data.rooms.packing import PackedScene, pack
-from g2vlm.data.rooms.panels import contact_sheet, panels
 from g2vlm.data.rooms.render import Rendering, render
 from g2vlm.data.rooms.scene import CATEGORIES, Composite, Instance, OrientedBox, Room, Scene
 from g2vlm.data.rooms.source import RoomsSource
@@ -25,10 +24,8 @@ __all__ = [
     "Scene",
     "SceneLaw",
     "build_scene",
-    "contact_sheet",
     "covisibility",
     "heldout",
     "pack",
-    "panels",
     "render",
 ]
