@@ -12,7 +12,6 @@ from g2vlm.data.rooms import heldout_v1 as fixed
 from g2vlm.data.rooms.cameras import HEIGHTS, Obstacles
 from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.rooms.layout import footprint, overlap
-from g2vlm.data.rooms.panels import contact_sheet
 from g2vlm.data.rooms.source import MAX_VIEWS, NUM_SCENES, NUM_SEEDS
 from g2vlm.data.types import SceneSample, ViewRequest
 from g2vlm.errors import InputError
@@ -213,12 +212,6 @@ def test_bad_sizes_and_names_are_refused() -> None:
         RoomsSource(seed=NUM_SEEDS)
     with pytest.raises(InputError, match="scene"):
         RoomsSource().load(NUM_SCENES, REQUEST)
-
-
-def test_contact_sheet_shows_every_map() -> None:
-    sheet = contact_sheet([RoomsSource().load(scene, REQUEST) for scene in range(2)])
-    assert sheet.shape == (2 * 28, 4 * 3 * 42, 3)
-    assert sheet.dtype == np.uint8
 
 
 # rooms-heldout-v1.
