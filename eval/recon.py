@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     cli = import_module("g2vlm.cli")
     cli.log_to_stderr()
-    return cli.guarded(lambda: import_module("eval.commands").recon(args), args.debug)
+    return cli.guarded(lambda: cli.to_stdout(lambda: import_module("eval.commands").recon(args)), args.debug)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_stderr()
     args = build_parser().parse_args(arguments)
     name, options = _chosen(args)
-    return guarded(lambda: getattr(import_module("g2vlm.commands"), name)(options), options.debug)
+    return guarded(lambda: to_stdout(lambda: getattr(import_module("g2vlm.commands"), name)(options)), options.debug)
 
 
 def log_to_stderr() -> None:
@@ -140,9 +140,6 @@ def guarded(work: Callable[[], None], debug: bool = False) -> int:
     """
     try:
         work()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -154,6 +151,14 @@ def guarded(work: Callable[[], None], debug: bool = False) -> int:
     except Exception as error:
         return _report_bug(error, debug)
     return 0
+
+
+def to_stdout(work: Callable[[], None]) -> None:
+    """Do work whose result goes to stdout; when its reader stops reading, as `head` does, that ends it quietly."""
+    try:
+        work()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _chosen(args: Namespace) -> tuple[str, Namespace]:

@@ -2,16 +2,15 @@
 
 import logging
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from g2vlm.cli import guarded, log_to_stderr
 from g2vlm.data.registry import build_source
 from g2vlm.data.types import SceneSource
-from g2vlm.errors import G2VLMError, InputError
+from g2vlm.errors import InputError
 from train import engine as engines
 from train.config import DEFAULT_CONFIG, RunConfig, SourceConfig, parse, plain, save_config
 from train.log import write_run
@@ -22,24 +21,9 @@ log = logging.getLogger("train")
 
 def main(arguments: Sequence[str]) -> int:
     """Train; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "PIL", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    log_to_stderr()
     disable_progress_bar()
-    debug = "--debug" in arguments
-    try:
-        carry_out([*arguments])
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except G2VLMError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except Exception as error:
-        return _report_bug(error, debug)
-    return 0
+    return guarded(lambda: carry_out([*arguments]), debug="--debug" in arguments)
 
 
 def carry_out(arguments: list[str]) -> None:
@@ -112,17 +96,6 @@ def _relative(path: Path) -> Path:
         return path.resolve().relative_to(Path.cwd())
     except ValueError:
         return path
-
-
-def _report_bug(error: Exception, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    with tempfile.NamedTemporaryFile("w", prefix="g2vlm-train-", suffix=".log", delete=False) as file:
-        file.write(traceback.format_exc())
-    print(f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
-    print(f"  why: this is a bug; the traceback is in {file.name}", file=sys.stderr)
-    print("  fix: please report it with that file", file=sys.stderr)
-    return G2VLMError.code
 
 
 if __name__ == "__main__":
