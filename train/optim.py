@@ -18,7 +18,9 @@ def build_optimizer(
         {"params": [parameters[name] for name in names], "multiplier": multipliers[group], "name": group}
         for group, names in trained.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float, config: ScheduleConfig) -> float:
