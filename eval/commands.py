@@ -10,7 +10,6 @@ import torch
 from jsonargparse import Namespace
 from transformers.utils.logging import disable_progress_bar
 
-import g2vlm
 from eval.baselines import CONSTANT, baseline_systems, model_system
 from eval.evaluate import MODEL, Evaluation, evaluate
 from eval.pictures import draw, evenly
@@ -29,8 +28,6 @@ from g2vlm.pipeline import Pipeline, load
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
-DEMO_WEIGHTS = Path(g2vlm.__file__).parent / "assets" / "demo"
-FALLBACK = "tiny"
 
 
 def recon(args: Namespace) -> None:
@@ -57,11 +54,14 @@ def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[
     """Score the model and its baselines on a dataset with ground truth."""
     items, protocol = OPEN[args.dataset](args.data, protocol)
     items = items[: args.limit]
-    pipeline, model = load_named(args.model, args.device, args.dtype)
+    pipeline = load_named(args.model, args.device, args.dtype)
+    own_width = pipeline.model.config.view_width
+    if protocol.width not in (None, own_width):
+        log.info("views are %d pixels wide; the model's own width is %d (--width)", protocol.width, own_width)
     with file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         evaluation = score_model(items, pipeline, protocol)
-        record = results(evaluation, model)
+        record = results(evaluation, pipeline.name)
         write(output, record, item_lines(evaluation), str(pipeline.model.device))
         if args.pictures > 0:
             draw(evenly(scored(items, evaluation), args.pictures), pipeline, protocol, output / "pictures")
@@ -71,11 +71,11 @@ def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[
 def reconstruct_photos(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
     """Reconstruct folders of photographs; nothing is scored."""
     folders = photo_folders(require_folder(args.dataset, args.data))[: args.limit]
-    pipeline, model = load_named(args.model, args.device, args.dtype)
+    pipeline = load_named(args.model, args.device, args.dtype)
     with file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         done, skipped = reconstruct_folders(folders, pipeline, protocol, output)
-        record = outputs_only(protocol, done, skipped, model)
+        record = outputs_only(protocol, done, skipped, pipeline.name)
         write(output, record, [asdict(scene) for scene in done], str(pipeline.model.device))
     return record
 
@@ -105,17 +105,14 @@ def scored(items: Sequence[Item], evaluation: Evaluation) -> list[Item]:
 # ---------------------------------------------------------------------------------------------- model
 
 
-def load_named(model: str | None, device: str, dtype: str | None) -> tuple[Pipeline, str]:
-    """The model, and what to call it in results; says so when it is a default or has random weights."""
-    chosen = model or (str(DEMO_WEIGHTS) if DEMO_WEIGHTS.is_dir() else FALLBACK)
-    is_random = chosen in PRESETS and not Path(chosen).is_dir()
-    name = f"{chosen} (RANDOM WEIGHTS)" if is_random else "demo weights" if model is None else chosen
-    log.info("model %s%s", name, "" if model else ", the default; choose another with --model")
-    if is_random:
+def load_named(model: str | None, device: str, dtype: str | None) -> Pipeline:
+    """The model, by default the demo weights, under the name that results give it; random weights are named so."""
+    pipeline = load(model, device, None if dtype is None else getattr(torch, dtype))
+    if model in PRESETS and not Path(model).is_dir():
+        pipeline.name = f"{model} (RANDOM WEIGHTS)"
         log.warning("RANDOM WEIGHTS: the scores below are those of an untrained model")
-    pipeline = load(chosen, device, None if dtype is None else getattr(torch, dtype))
-    pipeline.name = name
-    return pipeline, name
+    log.info("model %s", pipeline.name)
+    return pipeline
 
 
 # ---------------------------------------------------------------------------------------------- data

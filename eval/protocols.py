@@ -94,7 +94,7 @@ class Protocol:
         dataset: the kind of source it reads.
         about: one line for people.
         width: of the views in pixels; the height follows the aspect of the data, in multiples of 14. None: the
-            source has views of one size.
+            source has views of one size, or, where nothing is scored, the model's own width.
         views: which views.
         depth, points, normals, poses: the rules of the metrics.
         options: further choices that the source is built with.
@@ -173,7 +173,7 @@ _ALL = (
     _seven_scenes("7scenes-proj-sparse", "proj", 200, _PUBLISHED),
     _seven_scenes("7scenes-rawdepth", "rawdepth", 40, _RAW),
     Protocol("canonical-v1", "canonical", "8 views spread over each scene folder", 518, ViewRule(count=8)),
-    Protocol("images", "images", "outputs only: photographs have no ground truth", 518),
+    Protocol("images", "images", "outputs only: photographs have no ground truth"),
 )
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 DATASETS = tuple(dict.fromkeys(protocol.dataset for protocol in _ALL))

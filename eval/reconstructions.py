@@ -8,7 +8,7 @@ from eval.evaluate import Skipped
 from eval.protocols import Protocol
 from g2vlm.errors import CheckFailed, InputError
 from g2vlm.images import SUFFIXES
-from g2vlm.pipeline import DEFAULT_WIDTH, Pipeline, read_sources
+from g2vlm.pipeline import Pipeline, read_sources
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,6 @@ def reconstruct_folders(
 def _reconstruct(folder: Path, pipeline: Pipeline, protocol: Protocol, output: Path) -> Reconstructed:
     name = folder.resolve().name
     sources = read_sources([folder], protocol.views.count, skip_bad=True)
-    scene = pipeline.reconstruct_sources(sources, protocol.width or DEFAULT_WIDTH)
+    scene = pipeline.reconstruct_sources(sources, protocol.width)
     scene.export(output / name)
     return Reconstructed(name, name, scene.num_views, *scene.resized_to)

@@ -139,19 +139,22 @@ def test_a_damaged_scene_is_skipped_and_counted(tmp_path: Path, capsys) -> None:
     assert (record["count"], len(record["skipped"])) == (1, 1)
 
 
-def test_photographs_are_reconstructed_and_not_scored(tmp_path: Path, capsys) -> None:
+def test_photographs_are_reconstructed_by_the_demo_weights_and_not_scored(
+    tmp_path: Path, demo_weights: Path, capsys
+) -> None:
     photos = tmp_path / "photos" / "desk"
     photos.mkdir(parents=True)
     for view in range(3):
         Image.linear_gradient("L").rotate(20 * view).convert("RGB").save(photos / f"{view}.png")
-    arguments = ("--model", "tiny", "--dataset", "images", "--data", photos.parent, "--views", 2, "--width", 56)
+    arguments = ("--dataset", "images", "--data", photos.parent, "--views", 2)
     code, out, _ = run(capsys, *arguments, "-o", tmp_path / "out")
     assert code == 0
     assert "no metrics" in out
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (record["count"], record["metrics"], record["baselines"]) == (1, {}, {})
+    assert record["model"] == "demo weights"
     (line,) = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
-    assert (line["item"], line["num_views"]) == ("desk", 2)
+    assert (line["item"], line["num_views"], line["width"]) == ("desk", 2, 84)
     assert (tmp_path / "out" / "desk" / "points.ply").is_file()
 
 
