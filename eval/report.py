@@ -37,6 +37,7 @@ LABELS = {
     "rta": ("RTA @ {} deg, %", "higher", "{:.2f}"),
     "auc": ("AUC @ {} deg, %", "higher", "{:.2f}"),
 }
+NO_METRICS = "no metrics: there is no ground truth"
 COUNTS = ("num_pairs", "num_zero_baseline")
 
 
@@ -93,11 +94,15 @@ def run_record(device: str) -> dict[str, Any]:
 
 def table(record: Mapping[str, Any]) -> str:
     """Results as text: what was measured, then a line per metric with the model and its baselines side by side."""
-    rows = [["", "better", *_columns(record)], *_metric_rows(record)]
+    body = text_table(_systems(record)) if record["metrics"] else NO_METRICS
+    return "\n".join([*_heading(record), "", body, "", *notes(record)])
+
+
+def text_table(systems: Mapping[str, Mapping[str, float]]) -> str:
+    """Systems by name and metrics by name as text: a line per metric, a column per system."""
+    rows = [["", "better", *systems], *_metric_rows(systems)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
-    body = lines if len(rows) > 1 else ["no metrics: there is no ground truth"]
-    return "\n".join([*_heading(record), "", *body, "", *_notes(record)])
+    return "\n".join("  ".join(_padded(row, widths)).rstrip() for row in rows)
 
 
 def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -107,14 +112,18 @@ def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The same as a Markdown fragment."""
-    columns = _columns(record)
-    rows = [["", "better", *columns], ["---"] * 2 + ["---:"] * len(columns), *_metric_rows(record)]
-    lines = [f"| {' | '.join(row)} |" for row in rows] if len(rows) > 2 else ["no metrics: there is no ground truth"]
-    return "\n".join([f"### {record['benchmark']}", "", *_heading(record)[1:], "", *lines, "", *_notes(record), ""])
+    body = markdown_table(_systems(record)) if record["metrics"] else NO_METRICS
+    return "\n".join([f"### {record['benchmark']}", "", *_heading(record)[1:], "", body, "", *notes(record), ""])
 
 
-def _columns(record: Mapping[str, Any]) -> list[str]:
-    return [MODEL, *record["baselines"]]
+def markdown_table(systems: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of `text_table` as Markdown."""
+    rows = [["", "better", *systems], ["---"] * 2 + ["---:"] * len(systems), *_metric_rows(systems)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _systems(record: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    return {MODEL: record["metrics"], **record["baselines"]}
 
 
 def _heading(record: Mapping[str, Any]) -> list[str]:
@@ -129,14 +138,13 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def _metric_rows(record: Mapping[str, Any]) -> list[list[str]]:
+def _metric_rows(systems: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """Label, direction and a cell per system, for every metric that any system has."""
-    systems = [record["metrics"], *record["baselines"].values()]
-    names = dict.fromkeys(name for metrics in systems for name in metrics if name not in COUNTS)
+    names = dict.fromkeys(name for metrics in systems.values() for name in metrics if name not in COUNTS)
     rows = []
     for name in sorted(names, key=_rank):
         label, better, number = _style(name)
-        rows.append([label, better, *(number.format(m[name]) if name in m else "-" for m in systems)])
+        rows.append([label, better, *(number.format(m[name]) if name in m else "-" for m in systems.values())])
     return rows
 
 
@@ -157,12 +165,12 @@ def _rank(name: str) -> tuple[int, int]:
     return order.index(stem), int(threshold)
 
 
-def _notes(record: Mapping[str, Any]) -> list[str]:
-    """What the numbers mean, and what is missing from them."""
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What the numbers of a record mean, and what is missing from them, as Markdown items."""
     if not record["metrics"]:
         return [f"- {note}" for note in _skips(record)]
     protocol = record["protocol"]
-    notes = [
+    lines = [
         f"depth: one scale per scene ({protocol['depth']['alignment']}), "
         f"{'scenes weighted by valid pixels' if protocol['depth']['average'] == 'pixels' else 'plain mean of scenes'}; "
         f"points: {_thinned(protocol['points']['max_points'])}Umeyama, then ICP at "
@@ -172,8 +180,8 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
         *(f"{name}: {BASELINES[name]}" for name in record["baselines"] if name in BASELINES),
     ]
     if protocol["modified"]:
-        notes.append("MODIFIED protocol: comparable only with runs that changed the same constants")
-    return [f"- {note}" for note in [*notes, *_skips(record)]]
+        lines.append("MODIFIED protocol: comparable only with runs that changed the same constants")
+    return [f"- {note}" for note in [*lines, *_skips(record)]]
 
 
 def _thinned(max_points: int | None) -> str:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.commands import OPEN, output_folder, require_better_than_constant
+from eval.commands import OPEN, output_folder
 from eval.evaluate import MODEL, evaluate
+from eval.gate import judged, require_passed
 from eval.protocols import find_protocol
 from eval.recon import DATASETS, main
 from eval.scoring import score
@@ -115,14 +116,16 @@ def test_the_held_out_rooms_are_the_default_and_the_gate_holds_back_random_weigh
     assert out.startswith("rooms-heldout-v1 (modified: views 2, limit 2)\n")
     assert "2 scenes, 0 skipped, 2 pairs of views" in out
     assert "misses its gate" in err
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["count"] == 2
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["count"] == 2
+    assert (record["gate"]["share"], record["gate"]["passed"]) == (0.8, False)
 
 
 def test_the_gate_lets_a_better_model_pass() -> None:
     record = {"metrics": {"abs_rel": 0.15}, "baselines": {"constant depth": {"abs_rel": 0.2}}}
-    require_better_than_constant(record, 0.8)
+    require_passed(judged(record, 0.8))
     with pytest.raises(CheckFailed, match=r"0\.75 times"):
-        require_better_than_constant(record, 0.7)
+        require_passed(judged(record, 0.7))
 
 
 def test_a_damaged_scene_is_skipped_and_counted(tmp_path: Path, capsys) -> None:
