@@ -15,6 +15,12 @@ while [ "${1:-}" = --output ] || [ "${1:-}" = --limit ]; do
 done
 OUT="$WANTED" NUMBER=1
 while [ -e "$OUT/report.md" ]; do NUMBER=$((NUMBER + 1)) && OUT="$WANTED-$NUMBER"; done
+if [ -n "$(ls -A "$OUT" 2> /dev/null)" ] && [ ! -d "$OUT/stage1" ]; then
+    echo "error: will not write into  $OUT" >&2
+    echo "  why: it holds something else than a quickstart; nothing was changed" >&2
+    echo "  fix: choose another --output, or leave it out" >&2
+    exit 2
+fi
 . train/python.sh
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES < 4 ? CORES : 4))}" # a tiny model gains nothing from more

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = """#!/usr/bin/env bash
 # Takes the place of python: notes what it is asked for, and ends as the test wants.
 [ "$1" = -c ] && exit 0
+STAGE1=$(sed 's/.*--runtime.output //; s/ .*//' <<< "$*")
 echo "$* (threads $OMP_NUM_THREADS)" >> calls
 case "$*" in
-    "-m train.run"*) exit "${TRAINING:-0}" ;;
+    "-m train.run"*) mkdir -p "$STAGE1"; exit "${TRAINING:-0}" ;;
     "eval/recon.py"*"--gate"*) mkdir -p "$3"; touch "$3/results.json"; exit "${SCORING:-0}" ;;
     "-m eval.quickstart"*) mkdir -p "$3"; touch "$3/report.md"; exit "${REPORT:-0}" ;;
 esac
@@ -87,6 +88,14 @@ def test_an_interrupted_run_is_continued_and_a_finished_one_kept(checkout: Path)
         assert f"results go to {folder}\n" in said
     assert not (checkout / "runs/quickstart/trained/stale").exists()
     assert quickstart(checkout, "--output", "mine")[1][-1].startswith("-m eval.quickstart mine ")
+
+
+def test_a_folder_with_something_else_is_left_alone(checkout: Path) -> None:
+    (checkout / "mine/trained").mkdir(parents=True)
+    code, calls, said = quickstart(checkout, "--output", "mine")
+    assert (code, calls) == (2, [])
+    assert "will not write into  mine" in said
+    assert (checkout / "mine/trained").is_dir()
 
 
 def test_threads_are_the_cores_up_to_four(checkout: Path) -> None:
