@@ -22,6 +22,7 @@ from geometry.arrays import ArrayLike, FloatArray, IntArray, finite_array
 from geometry.types import Similarity
 
 POINTS_PER_CHUNK = 1 << 16  # bounds the neighbourhoods held at once to about 50 MB
+ROUND_OFF = 1e-12  # of a covariance, relative to the points; nothing below it says anything
 POINTS_PER_THREAD = 1 << 16  # starting threads for fewer queries takes longer than it saves
 
 
@@ -188,12 +189,17 @@ def _correspondences(source: FloatArray, target: Cloud, max_distance: float) -> 
 
 
 def _fit_rigid(source: FloatArray, target: FloatArray) -> FloatArray:
-    """Least-squares rigid (4, 4) between corresponding points, source -> target (Umeyama 1991 without scale)."""
+    """Least-squares rigid (4, 4) between corresponding points, source -> target (Umeyama 1991 without scale).
+
+    Points at one place or on one line leave the rotation open; then it is none, whatever their rounding suggests.
+    """
     source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
-    U, _, Vt = np.linalg.svd((target - target_mean).T @ (source - source_mean))
-    U[:, 2] *= np.sign(np.linalg.det(U @ Vt))  # a rotation, not a reflection
+    spread = source - source_mean
+    U, size, Vt = np.linalg.svd((target - target_mean).T @ spread)
     motion = np.eye(4)
-    motion[:3, :3] = U @ Vt
+    if size[1] > ROUND_OFF * np.linalg.norm(spread) * np.linalg.norm(target):
+        U[:, 2] *= np.sign(np.linalg.det(U @ Vt))  # a rotation, not a reflection
+        motion[:3, :3] = U @ Vt
     motion[:3, 3] = target_mean - motion[:3, :3] @ source_mean
     return motion
 

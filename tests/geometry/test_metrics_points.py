@@ -212,6 +212,14 @@ def test_a_mirrored_cloud_is_turned_and_not_mirrored_back(rng: np.random.Generat
     assert np.abs(apply_transform(transform, target * [1, 1, -1]) - target).max() > 0.01
 
 
+@pytest.mark.parametrize("target", [[[1.0, 2, 3]] * 2, [[1.0, 2, 3], [1.1, 2, 3]]], ids=["one place", "one line"])
+def test_a_rotation_that_the_points_leave_open_is_none(rng: np.random.Generator, target: list) -> None:
+    source = np.array([1.0, 2, 3]) + 0.1 * rng.normal(size=(9, 3))
+    transform = icp_point_to_point(source, np.array(target), max_distance=1, max_iterations=1).transform
+    np.testing.assert_array_equal(transform[:3, :3], np.eye(3))
+    assert np.abs(transform[:3, 3]).max() > 1e-3
+
+
 def test_a_shared_cloud_and_threads_change_nothing(
     surface: np.ndarray, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
