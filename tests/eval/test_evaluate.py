@@ -119,12 +119,14 @@ def test_awkward_truth_is_scored_or_skipped_with_its_reason() -> None:
     nan = torch.full((3, 42, 56), math.nan)
     few = torch.zeros(3, 42, 56, dtype=torch.bool)
     few[2, -1, :2] = True
+    poses = room_sample().cam_to_world
+    assert poses is not None
     samples = {
         "one view": room_sample(1),
         "NaN depth": room_sample(depth=nan, valid=None),
         "no valid pixel": room_sample(valid=torch.zeros(3, 42, 56, dtype=torch.bool)),
         "two valid pixels": room_sample(valid=few),
-        "one camera twice": room_sample(cam_to_world=room_sample().cam_to_world[[0, 0, 0]]),
+        "one camera twice": room_sample(cam_to_world=poses[[0, 0, 0]]),
     }
     items = [Item(name, lambda sample=sample: sample) for name, sample in samples.items()]
     result = evaluate(items, {MODEL: EXACT}, ROOMS)

@@ -15,9 +15,9 @@ from g2vlm.errors import InputError
 from tests.eval.samples import perfect, random_rotation, room_sample
 
 ROOMS = PROTOCOLS["rooms-heldout-v1"]
-SCENE_MEANS = {"accuracy_mean": 0, "accuracy_median": 0, "completion_mean": 0, "completion_median": 0, "nc_mean": 1, "nc_median": 1,
-               "normal_derived_median_deg": 0, "normal_output_median_deg": 0,
-               "rotation_median_deg": 0, "translation_median_deg": 0, "num_pairs": 3, "num_zero_baseline": 0}  # fmt: skip
+SCENE_MEANS = {"accuracy_mean": 0, "accuracy_median": 0, "completion_mean": 0, "completion_median": 0, "nc_mean": 1,
+               "nc_median": 1, "normal_derived_median_deg": 0, "normal_output_median_deg": 0, "num_pairs": 3,
+               "rotation_median_deg": 0, "translation_median_deg": 0, "num_zero_baseline": 0}  # fmt: skip
 BOTH_AVERAGES = {"abs_rel": 0, "delta_1": 1, "normal_derived_mean_deg": 0, "normal_output_mean_deg": 0, "rra_5": 100,
                  "rra_15": 100, "rra_30": 100, "rta_5": 100, "rta_15": 100, "rta_30": 100, "auc_30": 100}  # fmt: skip
 AVERAGES = ("", "_macro", "_micro")
