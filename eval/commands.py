@@ -42,10 +42,8 @@ def recon(args: Namespace) -> None:
     """Evaluate, or only reconstruct; write everything into the output folder; print the table."""
     for name in ("views", "width", "max_points", "limit"):
         require_positive(name, args[name])
-    if args.width is not None and args.width % PATCH:
-        raise InputError(
-            f"cannot use --width {args.width}", "", f"views are made of patches: use a multiple of {PATCH}"
-        )
+    if args.dataset == "rooms" and args.width is not None and args.width % PATCH:
+        raise InputError(f"cannot use --width {args.width}", "", f"rooms are rendered in multiples of {PATCH}")
     if args.gate is not None and args.dataset == "images":
         raise InputError("--gate needs scores", "photographs have no ground truth", "leave it out")
     if args.save_predictions and args.dataset == "images":
