@@ -1,5 +1,6 @@
 """What `eval/recon.py` does, once its arguments are parsed."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -11,36 +12,40 @@ from jsonargparse import Namespace
 from transformers.utils.logging import disable_progress_bar
 
 from eval.baselines import baseline_systems, model_system
-from eval.evaluate import MODEL, Evaluation, evaluate
+from eval.evaluate import MODEL, Evaluation, Scored, evaluate, require_scored
 from eval.gate import judged, require_passed
 from eval.pictures import draw, evenly
+from eval.predictions import save_prediction
 from eval.protocols import Protocol, find_protocol
 from eval.reconstructions import photo_folders, reconstruct_folders
-from eval.report import item_lines, outputs_only, results, table, write
-from eval.sources import Item, first_views, frame_items, require_folder
+from eval.report import append_lines, append_rows, outputs_only, results, table, write
+from eval.sources import Item, file_name, first_views, frame_items, require_folder
 from g2vlm.config import PRESETS
 from g2vlm.data.canonical import CanonicalSource
 from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
-from g2vlm.errors import InputError
+from g2vlm.errors import CheckFailed, InputError
 from g2vlm.export import file_errors
 from g2vlm.images import PATCH
 from g2vlm.pipeline import Pipeline, load
+from g2vlm.provenance import commit_of, describe_checkpoint
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
+ROOT = Path(__file__).resolve().parents[1]
+PREDICTIONS = "predictions"
 
 
 def recon(args: Namespace) -> None:
     """Evaluate, or only reconstruct; write everything into the output folder; print the table."""
     for name in ("views", "width", "max_points", "limit"):
         require_positive(name, args[name])
-    if args.width is not None and args.width % PATCH:
-        raise InputError(
-            f"cannot use --width {args.width}", "", f"views are made of patches: use a multiple of {PATCH}"
-        )
+    if args.dataset == "rooms" and args.width is not None and args.width % PATCH:
+        raise InputError(f"cannot use --width {args.width}", "", f"rooms are rendered in multiples of {PATCH}")
     if args.gate is not None and args.dataset == "images":
         raise InputError("--gate needs scores", "photographs have no ground truth", "leave it out")
+    if args.save_predictions and args.dataset == "images":
+        raise InputError("--save-predictions is for scores", "photographs are always exported", "leave it out")
     protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points, args.limit)
     output = output_folder(args.output)
     log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
@@ -59,13 +64,16 @@ def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[
     own_width = pipeline.model.config.view_width
     if protocol.width not in (None, own_width):
         log.info("views are %d pixels wide; the model's own width is %d (--width)", protocol.width, own_width)
+    provenance = provenance_of(pipeline)
     with file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        evaluation = score_model(items, pipeline, protocol)
-        record = results(evaluation, pipeline.name)
-        if args.gate is not None:
+        keep = keeper(output, protocol, pipeline.name, args.save_predictions)
+        evaluation = score_model(items, pipeline, protocol, keep)
+        record = results(evaluation, pipeline.name, provenance)
+        if args.gate is not None and evaluation.count:
             record["gate"] = judged(record, args.gate)
-        write(output, record, item_lines(evaluation), str(pipeline.model.device))
+        write(output, record, str(pipeline.model.device))
+        require_scored(evaluation)
         if args.pictures > 0:
             draw(evenly(scored(items, evaluation), args.pictures), pipeline, protocol, output / "pictures")
     return record
@@ -75,18 +83,44 @@ def reconstruct_photos(args: Namespace, protocol: Protocol, output: Path) -> dic
     """Reconstruct folders of photographs; nothing is scored."""
     folders = photo_folders(require_folder(args.dataset, args.data))[: args.limit]
     pipeline = load_named(args.model, args.device, args.dtype)
+    provenance = provenance_of(pipeline)
     with file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         done, skipped = reconstruct_folders(folders, pipeline, protocol, output)
-        record = outputs_only(protocol, done, skipped, pipeline.name)
-        write(output, record, [asdict(scene) for scene in done], str(pipeline.model.device))
+        record = outputs_only(protocol, done, skipped, pipeline.name, provenance)
+        append_lines(output, [asdict(scene) for scene in done])
+        write(output, record, str(pipeline.model.device))
+    if not done:
+        raise CheckFailed("nothing could be reconstructed", f"{skipped[0].item}: {skipped[0].reason}", "")
     return record
 
 
-def score_model(items: Sequence[Item], pipeline: Pipeline, protocol: Protocol) -> Evaluation:
+def keeper(output: Path, protocol: Protocol, model: str, save_predictions: bool) -> Callable[[Scored], None]:
+    """Writes each scored item's rows, and if wished the model's prediction, as soon as they exist."""
+
+    def keep(scored: Scored) -> None:
+        append_rows(output, scored.rows)
+        if save_predictions:
+            folder = output / PREDICTIONS
+            folder.mkdir(exist_ok=True)
+            facts = {"item": scored.item, "views": json.dumps(scored.sample.view_ids)}
+            facts |= {"model": model, "protocol": protocol.label}
+            save_prediction(folder / file_name(scored.item, ".safetensors"), scored.predictions[MODEL], facts)
+
+    return keep
+
+
+def provenance_of(pipeline: Pipeline) -> dict[str, Any]:
+    """The checkpoint and the commit that the numbers come from."""
+    return {"checkpoint": describe_checkpoint(pipeline.model, pipeline.name), "commit": commit_of(ROOT)}
+
+
+def score_model(
+    items: Sequence[Item], pipeline: Pipeline, protocol: Protocol, keep: Callable[[Scored], None]
+) -> Evaluation:
     """A model and every baseline on the same items."""
-    systems = {MODEL: model_system(pipeline, protocol), **baseline_systems(pipeline, protocol)}
-    return evaluate(items, systems, protocol)
+    systems = {MODEL: model_system(pipeline), **baseline_systems(pipeline, protocol)}
+    return evaluate(items, systems, protocol, keep)
 
 
 def scored(items: Sequence[Item], evaluation: Evaluation) -> list[Item]:

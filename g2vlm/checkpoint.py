@@ -107,8 +107,9 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> G2VLMForConditionalGenerat
 def _fill(
     config: G2VLMConfig, state: dict[str, torch.Tensor], dtype: torch.dtype, name: str
 ) -> G2VLMForConditionalGeneration:
-    config.name_or_path = name
-    return G2VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model = G2VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.config.name_or_path = name  # afterwards: transformers overwrites it
+    return model
 
 
 def random_model(

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.baselines import CONSTANT, IDENTITY, UNTRAINED, System, constant_depth, identity_pose
+from eval.baselines import CONSTANT, CONSTANT_PARTS, IDENTITY, UNTRAINED, System, constant_depth, identity_pose
 from eval.evaluate import MODEL, evaluate
 from eval.gate import judged
 from eval.protocols import PROTOCOLS
 from eval.quickstart import main
 from eval.report import results, write
-from eval.scoring import score
 from tests.eval.samples import perfect, room_items
 from train.config import RunConfig, plain
 from train.log import RunLog, write_run
@@ -25,12 +24,12 @@ ROOMS = PROTOCOLS["rooms-heldout-v1"]
 def record() -> dict:
     """Scores of a perfect model beside the baselines."""
     systems: dict[str, System] = {
-        MODEL: lambda sample: score(perfect(sample), sample, ROOMS),
-        CONSTANT: lambda sample: constant_depth(sample, ROOMS),
-        IDENTITY: lambda sample: identity_pose(sample, ROOMS),
-        UNTRAINED: lambda sample: constant_depth(sample, ROOMS),
+        MODEL: System(perfect),
+        CONSTANT: System(lambda sample: constant_depth(sample, ROOMS), CONSTANT_PARTS),
+        IDENTITY: System(identity_pose, ("poses",)),
+        UNTRAINED: System(lambda sample: constant_depth(sample, ROOMS), CONSTANT_PARTS),
     }
-    return results(evaluate(room_items(2), systems, ROOMS), "a model")
+    return results(evaluate(room_items(2), systems, ROOMS), "a model", {"checkpoint": {"files": {}}, "commit": None})
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def folder(tmp_path: Path, record: dict) -> Path:
         Image.new("RGB", (8, 8)).save(stage1 / "validation" / f"step-{step:08d}.png")
     for name, gate in (("trained", {"gate": judged(record, 0.8)}), ("demo", {})):
         (tmp_path / name / "pictures").mkdir(parents=True)
-        write(tmp_path / name, {**record, **gate}, [], "cpu")
+        write(tmp_path / name, {**record, **gate}, "cpu")
         for room in ("heldout-00", "heldout-09"):
             for kind in ("", ".truth"):
                 Image.new("RGB", (8, 8)).save(tmp_path / name / "pictures" / f"{room}{kind}.png")
@@ -102,6 +101,6 @@ def test_a_missing_or_damaged_part_is_named(file: str, folder: Path, capsys: pyt
 
 
 def test_scores_without_a_gate_are_refused(folder: Path, record: dict, capsys: pytest.CaptureFixture) -> None:
-    write(folder / "trained", record, [], "cpu")
+    write(folder / "trained", record, "cpu")
     assert main([str(folder)]) == 2
     assert "--gate" in capsys.readouterr().err
