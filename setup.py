@@ -45,7 +45,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["g2vlm", "g2vlm.*", "geometry", "geometry.*"]),
-    package_data={"g2vlm": ["py.typed", "assets/*"], "geometry": ["py.typed"]},
+    package_data={"g2vlm": ["py.typed", "assets/**/*"], "geometry": ["py.typed"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["g2vlm=g2vlm.cli:main"]},

@@ -1,23 +1,21 @@
-"""What is scored beside each other: a model, and what a number must beat to mean anything.
-
-A system is a function from a sample to its `Row`.
-"""
+"""What is scored beside each other: a model, and what a number must beat to mean anything."""
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 
+from eval.predictions import predict
 from eval.protocols import Protocol
-from eval.scoring import Part, Row, Truth, score
+from eval.truth import ALL_PARTS, Part, Truth
 from g2vlm.checkpoint import random_model
 from g2vlm.data.types import SceneSample
-from g2vlm.errors import CheckFailed, InputError
+from g2vlm.errors import InputError
 from g2vlm.pipeline import Pipeline
 from geometry import GeometryPrediction, unproject
 from geometry.metrics.depth import best_constant_depth
 
-System = Callable[[SceneSample], Row]
 CONSTANT, IDENTITY, UNTRAINED = "constant depth", "identity pose", "untrained"
 BASELINES = {
     CONSTANT: "one depth per scene, the one of the smallest AbsRel, seen through the true cameras",
@@ -28,34 +26,34 @@ CONSTANT_PARTS: tuple[Part, ...] = ("depth", "points", "derived normals")
 UNTRAINED_SEED = 1
 
 
-def predict(pipeline: Pipeline, sample: SceneSample) -> GeometryPrediction:
-    """The model's prediction for a sample's views, float32 on the CPU.
+@dataclass(frozen=True)
+class System:
+    """Something to score.
 
-    Raises:
-        CheckFailed: a predicted value is NaN or infinite.
+    Args:
+        predict: a prediction for the views of a sample, at their size; may raise InputError or CheckFailed.
+        parts: what of it is scored, where the truth allows.
     """
-    try:
-        prediction = pipeline.predict(sample.images.float() / 255)
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (the SVD of rotations)
-        raise CheckFailed("predicted cameras are not finite", str(error), "check the weights") from error
-    for name in ("local_points", "cam_to_world", "normals"):
-        if count := int((~getattr(prediction, name).isfinite()).sum()):
-            raise CheckFailed(f"{count:,} predicted values of {name} are not finite", "", "check the weights")
-    return prediction
+
+    predict: Callable[[SceneSample], GeometryPrediction]
+    parts: tuple[Part, ...] = ALL_PARTS
 
 
-def model_system(pipeline: Pipeline, protocol: Protocol) -> System:
-    """A model, scored on everything the truth allows."""
-    return lambda sample: score(predict(pipeline, sample), sample, protocol)
+def model_system(pipeline: Pipeline) -> System:
+    """A model."""
+    return System(lambda sample: predict(pipeline, sample))
 
 
-def constant_depth(sample: SceneSample, protocol: Protocol) -> Row:
-    """Best constant depth: in every view a plane facing the camera, at one distance per scene; no poses are scored.
+def constant_depth(sample: SceneSample, protocol: Protocol) -> GeometryPrediction:
+    """Best constant depth: in every view a plane facing the camera, at one distance per scene.
 
     The distance is the one of the smallest AbsRel. True intrinsics and poses place the planes, so that its points are
     those of a flat world seen by perfectly known cameras.
+
+    Raises:
+        InputError: the sample has no usable depth.
     """
-    truth = Truth.of(sample, protocol.depth.max_depth)
+    truth = Truth.of(sample, protocol)
     if truth.depth is None:
         raise InputError(f"no constant depth for {sample.scene}", "it has no true depth", "")
     depth = torch.full_like(truth.depth, best_constant_depth(truth.depth))
@@ -64,14 +62,14 @@ def constant_depth(sample: SceneSample, protocol: Protocol) -> Row:
     poses = eye if truth.cam_to_world is None else truth.cam_to_world
     local_points = unproject(depth, intrinsics)
     normals = torch.tensor([0.0, 0.0, -1.0], dtype=torch.float64).expand_as(local_points)
-    return score(GeometryPrediction(local_points, poses, normals), sample, protocol, CONSTANT_PARTS)
+    return GeometryPrediction(local_points, poses, normals)
 
 
-def identity_pose(sample: SceneSample, protocol: Protocol) -> Row:
-    """Identity poses; only poses are scored."""
+def identity_pose(sample: SceneSample) -> GeometryPrediction:
+    """Identity poses, and points that mean nothing."""
     eye = torch.eye(4, dtype=torch.float64).expand(sample.num_views, 4, 4)
     nothing = torch.zeros(sample.num_views, *sample.size, 3)
-    return score(GeometryPrediction(nothing, eye, nothing), sample, protocol, ("poses",))
+    return GeometryPrediction(nothing, eye, nothing)
 
 
 def untrained(pipeline: Pipeline) -> Pipeline:
@@ -83,7 +81,7 @@ def untrained(pipeline: Pipeline) -> Pipeline:
 def baseline_systems(pipeline: Pipeline, protocol: Protocol) -> dict[str, System]:
     """Every baseline by name, in the order of the table."""
     return {
-        CONSTANT: lambda sample: constant_depth(sample, protocol),
-        IDENTITY: lambda sample: identity_pose(sample, protocol),
-        UNTRAINED: model_system(untrained(pipeline), protocol),
+        CONSTANT: System(lambda sample: constant_depth(sample, protocol), CONSTANT_PARTS),
+        IDENTITY: System(identity_pose, ("poses",)),
+        UNTRAINED: model_system(untrained(pipeline)),
     }

@@ -1,7 +1,8 @@
 """What `eval/recon.py` does, once its arguments are parsed."""
 
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,14 +11,15 @@ import torch
 from jsonargparse import Namespace
 from transformers.utils.logging import disable_progress_bar
 
-import g2vlm
-from eval.baselines import CONSTANT, baseline_systems, model_system
-from eval.evaluate import MODEL, Evaluation, evaluate
+from eval.baselines import baseline_systems, model_system
+from eval.evaluate import MODEL, Evaluation, Scored, evaluate, require_scored
+from eval.gate import judged, require_passed
 from eval.pictures import draw, evenly
+from eval.predictions import save_prediction
 from eval.protocols import Protocol, find_protocol
 from eval.reconstructions import photo_folders, reconstruct_folders
-from eval.report import item_lines, outputs_only, results, table, write
-from eval.sources import Item, first_views, frame_items, require_folder
+from eval.report import append_lines, append_rows, outputs_only, results, table, write
+from eval.sources import Item, file_name, first_views, frame_items, require_folder
 from g2vlm.config import PRESETS
 from g2vlm.data.canonical import CanonicalSource
 from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
@@ -26,43 +28,52 @@ from g2vlm.errors import CheckFailed, InputError
 from g2vlm.export import file_errors
 from g2vlm.images import PATCH
 from g2vlm.pipeline import Pipeline, load
+from g2vlm.provenance import commit_of, describe_checkpoint
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
-DEMO_WEIGHTS = Path(g2vlm.__file__).parent / "assets" / "demo"
-FALLBACK = "tiny"
+ROOT = Path(__file__).resolve().parents[1]
+PREDICTIONS = "predictions"
 
 
 def recon(args: Namespace) -> None:
     """Evaluate, or only reconstruct; write everything into the output folder; print the table."""
     for name in ("views", "width", "max_points", "limit"):
         require_positive(name, args[name])
-    if args.width is not None and args.width % PATCH:
-        raise InputError(
-            f"cannot use --width {args.width}", "", f"views are made of patches: use a multiple of {PATCH}"
-        )
+    if args.dataset == "rooms" and args.width is not None and args.width % PATCH:
+        raise InputError(f"cannot use --width {args.width}", "", f"rooms are rendered in multiples of {PATCH}")
     if args.gate is not None and args.dataset == "images":
         raise InputError("--gate needs scores", "photographs have no ground truth", "leave it out")
+    if args.save_predictions and args.dataset == "images":
+        raise InputError("--save-predictions is for scores", "photographs are always exported", "leave it out")
     protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points, args.limit)
     output = output_folder(args.output)
     log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
     run = reconstruct_photos if args.dataset == "images" else evaluate_dataset
     record = run(args, protocol, output)
     print(f"{table(record)}\nresults in {output}", flush=True)
-    if args.gate is not None:
-        require_better_than_constant(record, args.gate)
+    if "gate" in record:
+        require_passed(record["gate"])
 
 
 def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
     """Score the model and its baselines on a dataset with ground truth."""
     items, protocol = OPEN[args.dataset](args.data, protocol)
     items = items[: args.limit]
-    pipeline, model = load_named(args.model, args.device, args.dtype)
+    pipeline = load_named(args.model, args.device, args.dtype)
+    own_width = pipeline.model.config.view_width
+    if protocol.width not in (None, own_width):
+        log.info("views are %d pixels wide; the model's own width is %d (--width)", protocol.width, own_width)
+    provenance = provenance_of(pipeline)
     with file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        evaluation = score_model(items, pipeline, protocol)
-        record = results(evaluation, model)
-        write(output, record, item_lines(evaluation), str(pipeline.model.device))
+        keep = keeper(output, protocol, pipeline.name, args.save_predictions)
+        evaluation = score_model(items, pipeline, protocol, keep)
+        record = results(evaluation, pipeline.name, provenance)
+        if args.gate is not None and evaluation.count:
+            record["gate"] = judged(record, args.gate)
+        write(output, record, str(pipeline.model.device))
+        require_scored(evaluation)
         if args.pictures > 0:
             draw(evenly(scored(items, evaluation), args.pictures), pipeline, protocol, output / "pictures")
     return record
@@ -71,29 +82,45 @@ def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[
 def reconstruct_photos(args: Namespace, protocol: Protocol, output: Path) -> dict[str, Any]:
     """Reconstruct folders of photographs; nothing is scored."""
     folders = photo_folders(require_folder(args.dataset, args.data))[: args.limit]
-    pipeline, model = load_named(args.model, args.device, args.dtype)
+    pipeline = load_named(args.model, args.device, args.dtype)
+    provenance = provenance_of(pipeline)
     with file_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         done, skipped = reconstruct_folders(folders, pipeline, protocol, output)
-        record = outputs_only(protocol, done, skipped, model)
-        write(output, record, [asdict(scene) for scene in done], str(pipeline.model.device))
+        record = outputs_only(protocol, done, skipped, pipeline.name, provenance)
+        append_lines(output, [asdict(scene) for scene in done])
+        write(output, record, str(pipeline.model.device))
+    if not done:
+        raise CheckFailed("nothing could be reconstructed", f"{skipped[0].item}: {skipped[0].reason}", "")
     return record
 
 
-def require_better_than_constant(record: Mapping[str, Any], share: float) -> None:
-    """Raise CheckFailed unless the model's AbsRel is at most `share` of the best constant depth's."""
-    model, constant = (metrics.get("abs_rel") for metrics in (record["metrics"], record["baselines"].get(CONSTANT, {})))
-    if model is None or constant is None:
-        raise InputError("--gate cannot be checked", "no depth was scored", "leave it out, or use data with depth")
-    if not model <= share * constant:
-        why = f"AbsRel {model:.4f} is {model / constant:.2f} times the best constant depth's {constant:.4f}"
-        raise CheckFailed("the model misses its gate", f"{why}; asked for at most {share:g} times", "train longer")
+def keeper(output: Path, protocol: Protocol, model: str, save_predictions: bool) -> Callable[[Scored], None]:
+    """Writes each scored item's rows, and if wished the model's prediction, as soon as they exist."""
+
+    def keep(scored: Scored) -> None:
+        append_rows(output, scored.rows)
+        if save_predictions:
+            folder = output / PREDICTIONS
+            folder.mkdir(exist_ok=True)
+            facts = {"item": scored.item, "views": json.dumps(scored.sample.view_ids)}
+            facts |= {"model": model, "protocol": protocol.label}
+            save_prediction(folder / file_name(scored.item, ".safetensors"), scored.predictions[MODEL], facts)
+
+    return keep
 
 
-def score_model(items: Sequence[Item], pipeline: Pipeline, protocol: Protocol) -> Evaluation:
+def provenance_of(pipeline: Pipeline) -> dict[str, Any]:
+    """The checkpoint and the commit that the numbers come from."""
+    return {"checkpoint": describe_checkpoint(pipeline.model, pipeline.name), "commit": commit_of(ROOT)}
+
+
+def score_model(
+    items: Sequence[Item], pipeline: Pipeline, protocol: Protocol, keep: Callable[[Scored], None]
+) -> Evaluation:
     """A model and every baseline on the same items."""
-    systems = {MODEL: model_system(pipeline, protocol), **baseline_systems(pipeline, protocol)}
-    return evaluate(items, systems, protocol)
+    systems = {MODEL: model_system(pipeline), **baseline_systems(pipeline, protocol)}
+    return evaluate(items, systems, protocol, keep)
 
 
 def scored(items: Sequence[Item], evaluation: Evaluation) -> list[Item]:
@@ -105,17 +132,14 @@ def scored(items: Sequence[Item], evaluation: Evaluation) -> list[Item]:
 # ---------------------------------------------------------------------------------------------- model
 
 
-def load_named(model: str | None, device: str, dtype: str | None) -> tuple[Pipeline, str]:
-    """The model, and what to call it in results; says so when it is a default or has random weights."""
-    chosen = model or (str(DEMO_WEIGHTS) if DEMO_WEIGHTS.is_dir() else FALLBACK)
-    is_random = chosen in PRESETS and not Path(chosen).is_dir()
-    name = f"{chosen} (RANDOM WEIGHTS)" if is_random else "demo weights" if model is None else chosen
-    log.info("model %s%s", name, "" if model else ", the default; choose another with --model")
-    if is_random:
+def load_named(model: str | None, device: str, dtype: str | None) -> Pipeline:
+    """The model, by default the demo weights, under the name that results give it; random weights are named so."""
+    pipeline = load(model, device, None if dtype is None else getattr(torch, dtype))
+    if model in PRESETS and not Path(model).is_dir():
+        pipeline.name = f"{model} (RANDOM WEIGHTS)"
         log.warning("RANDOM WEIGHTS: the scores below are those of an untrained model")
-    pipeline = load(chosen, device, None if dtype is None else getattr(torch, dtype))
-    pipeline.name = name
-    return pipeline, name
+    log.info("model %s", pipeline.name)
+    return pipeline
 
 
 # ---------------------------------------------------------------------------------------------- data

@@ -1,17 +1,21 @@
-"""Run systems over items: score, record what failed, write the results, draw pictures."""
+"""Run systems over items: every system on the same views, what fails recorded with its reason."""
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from eval.baselines import System
 from eval.protocols import Protocol
-from eval.scoring import Row, summarise
+from eval.scoring import Row, score_against
 from eval.sources import Item
+from eval.summary import summarise
+from eval.truth import Truth
+from g2vlm.data.types import SceneSample
 from g2vlm.errors import CheckFailed, ResourceError
+from geometry import GeometryPrediction
 
 log = logging.getLogger(__name__)
 MODEL = "model"
@@ -24,6 +28,16 @@ class Skipped:
 
     item: str
     reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One item's views, and per system the prediction and its scores."""
+
+    item: str
+    sample: SceneSample
+    predictions: dict[str, GeometryPrediction]
+    rows: dict[str, Row]
 
 
 @dataclass(frozen=True)
@@ -50,45 +64,60 @@ class Evaluation:
         return summarise(self.rows[system], self.protocol)
 
 
-def evaluate(items: Sequence[Item], systems: Mapping[str, System], protocol: Protocol) -> Evaluation:
+def evaluate(
+    items: Sequence[Item],
+    systems: Mapping[str, System],
+    protocol: Protocol,
+    keep: Callable[[Scored], None] = lambda scored: None,
+) -> Evaluation:
     """Score every system on every item. An item that fails is recorded and left out for all systems alike.
 
     Args:
         items: what to evaluate on.
         systems: by name, the model first.
-        protocol: what the systems score by.
+        protocol: what they are scored by.
+        keep: called with each scored item, so that nothing is lost when the evaluation is interrupted.
 
     Raises:
-        CheckFailed: no item could be scored.
         ResourceError: the views do not fit into memory.
     """
     evaluation = Evaluation(protocol, {name: [] for name in systems}, [])
     told = time.monotonic()
     for number, item in enumerate(items):
-        _evaluate_item(item, systems, evaluation)
+        outcome = _evaluate_item(item, systems, protocol)
+        if isinstance(outcome, Skipped):
+            log.warning("skipped %s: %s", outcome.item, outcome.reason)
+            evaluation.skipped.append(outcome)
+        else:
+            keep(outcome)
+            for name, row in outcome.rows.items():
+                evaluation.rows[name].append(row)
         if time.monotonic() - told > PROGRESS_SECONDS:
             told = time.monotonic()
             log.info("%d of %d scenes", number + 1, len(items))
-    if not evaluation.count:
-        first = evaluation.skipped[0] if evaluation.skipped else Skipped("", "there is no scene")
-        raise CheckFailed("no scene could be scored", f"first of {len(items)}: {first.item}: {first.reason}", "")
     return evaluation
 
 
-def _evaluate_item(item: Item, systems: Mapping[str, System], evaluation: Evaluation) -> None:
-    rows, stage = {}, "data"
+def require_scored(evaluation: Evaluation) -> None:
+    """Raise CheckFailed when no item was scored."""
+    if not evaluation.count:
+        first = evaluation.skipped[0] if evaluation.skipped else Skipped("none", "there is no scene")
+        why = f"{len(evaluation.skipped)} skipped, the first: {first.item}: {first.reason}"
+        raise CheckFailed("no scene could be scored", why, "")
+
+
+def _evaluate_item(item: Item, systems: Mapping[str, System], protocol: Protocol) -> Scored | Skipped:
+    predictions, rows, stage = {}, {}, "data"
     try:
         sample = item.load()
+        truth = Truth.of(sample, protocol)
         for name, system in systems.items():
             stage = name
-            rows[name] = replace(system(sample), item=item.name)
-    except torch.OutOfMemoryError as error:
+            predictions[name] = system.predict(sample)
+            rows[name] = replace(score_against(truth, predictions[name], system.parts), item=item.name)
+    except (torch.OutOfMemoryError, MemoryError) as error:
         fix = "use fewer --views or a smaller --width"
-        raise ResourceError(f"not enough memory for {item.name}", str(error).splitlines()[0], fix) from error
+        raise ResourceError(f"not enough memory for {item.name}", str(error).partition("\n")[0], fix) from error
     except (ValueError, OSError, CheckFailed) as error:  # InputError is a ValueError
-        reason = f"{stage}: {' '.join(str(error).split())}"
-        log.warning("skipped %s: %s", item.name, reason)
-        evaluation.skipped.append(Skipped(item.name, reason))
-        return
-    for name, row in rows.items():
-        evaluation.rows[name].append(row)
+        return Skipped(item.name, f"{stage}: {' '.join(str(error).split())}")
+    return Scored(item.name, sample, predictions, rows)

@@ -1,16 +1,16 @@
 """Pictures of a few evaluated scenes, as `g2vlm recon` draws them: the prediction, and the truth beside it."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from eval.baselines import predict
+from eval.predictions import predict
 from eval.protocols import Protocol
-from eval.scoring import Truth, score
-from eval.sources import Item
+from eval.scoring import score
+from eval.sources import Item, file_name
+from eval.truth import Truth
 from g2vlm.data.types import SceneSample
 from g2vlm.images import from_memory
 from g2vlm.pipeline import Pipeline, usable_intrinsics
@@ -63,11 +63,11 @@ def predicted_scene(prediction: GeometryPrediction, sample: SceneSample, scale: 
 
 def true_scene(sample: SceneSample, protocol: Protocol) -> Scene:
     """The ground truth as a scene; needs depth, intrinsics and poses."""
-    truth = Truth.of(sample, protocol.depth.max_depth)
+    truth = Truth.of(sample, protocol)
     assert truth.local_points is not None
     assert truth.cam_to_world is not None
     assert sample.intrinsics is not None
-    normals = truth.normals
+    normals = sample.normals
     if normals is None:
         normals, _ = normals_from_points(truth.local_points, truth.valid)
     return Scene.from_prediction(
@@ -88,7 +88,7 @@ def _originals(sample: SceneSample) -> list:
 
 
 def _save(scene: Scene, folder: Path, name: str) -> Path:
-    path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png"
+    path = folder / file_name(name, ".png")
     picture = preview(scene)
     with atomic_file(path) as file:
         picture.save(file, format="PNG")

@@ -27,11 +27,14 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")
     parser.add_argument("--dataset", default="rooms", choices=DATASETS, help="what --data holds; rooms needs no data")
     parser.add_argument("--data", type=Path, help="folder of the dataset")
-    parser.add_argument("--protocol", help="another than the dataset's first, e.g. 7scenes-proj for published tables")
+    parser.add_argument(
+        "--protocol", help="another than the dataset's first, e.g. 7scenes-pi3-518 (docs/evaluation.md)"
+    )
     parser.add_argument("--views", type=int, help="use this many views a scene instead of the protocol's")
     parser.add_argument("--width", type=int, help="width of the views in pixels instead of the protocol's")
     parser.add_argument("--max-points", type=int, help="thin point clouds to this size, for quick looks")
     parser.add_argument("--limit", type=int, help="only the first N scenes")
+    parser.add_argument("--save-predictions", action="store_true", help="keep each scene's prediction (safetensors)")
     parser.add_argument("--pictures", type=int, default=4, help="draw at most this many scenes")
     parser.add_argument("--gate", type=float, help="exit 1 unless AbsRel <= this share of the best constant depth's")
     parser.add_argument("-o", "--output", type=Path, help="empty folder for the results; default: a new one in runs/")

@@ -7,8 +7,8 @@ from pathlib import Path
 from eval.evaluate import Skipped
 from eval.protocols import Protocol
 from g2vlm.errors import CheckFailed, InputError
-from g2vlm.images import SUFFIXES
-from g2vlm.pipeline import DEFAULT_WIDTH, Pipeline, read_sources
+from g2vlm.images import SUFFIXES, list_images, read_images
+from g2vlm.pipeline import Pipeline, evenly_chosen
 
 log = logging.getLogger(__name__)
 
@@ -47,25 +47,29 @@ def reconstruct_folders(
 ) -> tuple[list[Reconstructed], list[Skipped]]:
     """Reconstruct each folder as one scene and write what `g2vlm recon` writes into `output`/NAME.
 
-    Raises:
-        CheckFailed: nothing could be reconstructed.
+    Returns:
+        The scenes; and what was left out: whole folders, and single images that cannot be read.
     """
     done, skipped = [], []
     for folder in folders:
         try:
-            done.append(_reconstruct(folder, pipeline, protocol, output))
+            scene, bad_images = _reconstruct(folder, pipeline, protocol, output)
         except (InputError, CheckFailed) as error:
             reason = " ".join(str(error).split())
             log.warning("skipped %s: %s", folder.name, reason)
             skipped.append(Skipped(folder.name, reason))
-    if not done:
-        raise CheckFailed("nothing could be reconstructed", f"{skipped[0].item}: {skipped[0].reason}", "")
+        else:
+            done.append(scene)
+            skipped += bad_images
     return done, skipped
 
 
-def _reconstruct(folder: Path, pipeline: Pipeline, protocol: Protocol, output: Path) -> Reconstructed:
+def _reconstruct(
+    folder: Path, pipeline: Pipeline, protocol: Protocol, output: Path
+) -> tuple[Reconstructed, list[Skipped]]:
     name = folder.resolve().name
-    sources = read_sources([folder], protocol.views.count, skip_bad=True)
-    scene = pipeline.reconstruct_sources(sources, protocol.width or DEFAULT_WIDTH)
+    sources, errors = read_images(evenly_chosen(list_images([folder]), protocol.views.count), skip_bad=True)
+    scene = pipeline.reconstruct_sources(sources, protocol.width)
     scene.export(output / name)
-    return Reconstructed(name, name, scene.num_views, *scene.resized_to)
+    bad = [Skipped(f"{name}, one image", f"{error.what}: {error.why}") for error in errors]
+    return Reconstructed(name, name, scene.num_views, *scene.resized_to), bad

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,8 @@ from eval.baselines import BASELINES
 from eval.evaluate import MODEL, Evaluation, Skipped
 from eval.protocols import Protocol
 from eval.reconstructions import Reconstructed
+from eval.scoring import Row
+from eval.summary import MACRO, MICRO
 from g2vlm import __version__
 from geometry.io.common import atomic_file
 
@@ -27,6 +29,8 @@ LABELS = {
     "accuracy_median": ("accuracy, median", "lower", "{:.4f}"),
     "completion_mean": ("completion, mean", "lower", "{:.4f}"),
     "completion_median": ("completion, median", "lower", "{:.4f}"),
+    "nc_mean": ("normal consistency, mean", "higher", "{:.4f}"),
+    "nc_median": ("normal consistency, median", "higher", "{:.4f}"),
     "normal_derived_mean_deg": ("normals of points, mean deg", "lower", "{:.2f}"),
     "normal_derived_median_deg": ("normals of points, median deg", "lower", "{:.2f}"),
     "normal_output_mean_deg": ("normals put out, mean deg", "lower", "{:.2f}"),
@@ -37,11 +41,18 @@ LABELS = {
     "rta": ("RTA @ {} deg, %", "higher", "{:.2f}"),
     "auc": ("AUC @ {} deg, %", "higher", "{:.2f}"),
 }
+NO_METRICS = "nothing was scored"
 COUNTS = ("num_pairs", "num_zero_baseline")
 
 
-def results(evaluation: Evaluation, model: str) -> dict[str, Any]:
-    """What `results.json` holds for scores."""
+def results(evaluation: Evaluation, model: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What `results.json` holds for scores.
+
+    Args:
+        evaluation: the scores.
+        model: what to call the model.
+        provenance: checkpoint and commit; equal runs have equal ones, so that equal runs write equal files.
+    """
     return {
         "benchmark": evaluation.protocol.label,
         "protocol": evaluation.protocol.record(),
@@ -51,30 +62,41 @@ def results(evaluation: Evaluation, model: str) -> dict[str, Any]:
         "metrics": evaluation.metrics(MODEL),
         "baselines": {name: evaluation.metrics(name) for name in evaluation.rows if name != MODEL},
         "per_item": ITEMS,
+        "provenance": dict(provenance),
     }
 
 
-def outputs_only(protocol: Protocol, done: Sequence[Reconstructed], skipped: Sequence[Skipped], model: str) -> dict:
+def outputs_only(
+    protocol: Protocol,
+    done: Sequence[Reconstructed],
+    skipped: Sequence[Skipped],
+    model: str,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
     """What `results.json` holds for scenes without ground truth: counts, no metrics."""
     empty = Evaluation(protocol, {MODEL: []}, list(skipped))
-    return {**results(empty, model), "count": len(done)}
+    return {**results(empty, model, provenance), "count": len(done)}
 
 
-def item_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """One line per system and item."""
-    return [{"system": name, **asdict(row)} for name, rows in evaluation.rows.items() for row in rows]
+def append_rows(folder: Path, rows: Mapping[str, Row]) -> None:
+    """Add one item's line of every system to `items.jsonl`: what is scored stays, whatever happens next."""
+    append_lines(folder, ({"system": name, **asdict(row)} for name, row in rows.items()))
 
 
-def write(folder: Path, record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], device: str) -> None:
-    """Write `results.json`, the lines per item, the report and the record of the run; each file whole or not at all.
+def append_lines(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to `items.jsonl`."""
+    with (folder / ITEMS).open("a", encoding="utf-8") as file:
+        file.write("".join(_json(line) + "\n" for line in lines))
+
+
+def write(folder: Path, record: Mapping[str, Any], device: str) -> None:
+    """Write `results.json`, the report and the record of the run; each file whole or not at all.
 
     Args:
         folder: an existing folder.
         record: from `results` or `outputs_only`.
-        lines: for `items.jsonl`.
         device: what the model ran on.
     """
-    _write_text(folder / ITEMS, "".join(_json(line) + "\n" for line in lines))
     _write_text(folder / REPORT, markdown(record))
     _write_text(folder / RUN, _json(run_record(device), indent=1) + "\n")
     _write_text(folder / RESULTS, _json(record, indent=1) + "\n")
@@ -93,11 +115,15 @@ def run_record(device: str) -> dict[str, Any]:
 
 def table(record: Mapping[str, Any]) -> str:
     """Results as text: what was measured, then a line per metric with the model and its baselines side by side."""
-    rows = [["", "better", *_columns(record)], *_metric_rows(record)]
+    body = text_table(_systems(record)) if record["metrics"] else NO_METRICS
+    return "\n".join([*_heading(record), "", body, "", *notes(record)])
+
+
+def text_table(systems: Mapping[str, Mapping[str, float]]) -> str:
+    """Systems by name and metrics by name as text: a line per metric, a column per system."""
+    rows = [["", "better", *systems], *_metric_rows(systems)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
-    body = lines if len(rows) > 1 else ["no metrics: there is no ground truth"]
-    return "\n".join([*_heading(record), "", *body, "", *_notes(record)])
+    return "\n".join("  ".join(_padded(row, widths)).rstrip() for row in rows)
 
 
 def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -107,14 +133,18 @@ def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The same as a Markdown fragment."""
-    columns = _columns(record)
-    rows = [["", "better", *columns], ["---"] * 2 + ["---:"] * len(columns), *_metric_rows(record)]
-    lines = [f"| {' | '.join(row)} |" for row in rows] if len(rows) > 2 else ["no metrics: there is no ground truth"]
-    return "\n".join([f"### {record['benchmark']}", "", *_heading(record)[1:], "", *lines, "", *_notes(record), ""])
+    body = markdown_table(_systems(record)) if record["metrics"] else NO_METRICS
+    return "\n".join([f"### {record['benchmark']}", "", *_heading(record)[1:], "", body, "", *notes(record), ""])
 
 
-def _columns(record: Mapping[str, Any]) -> list[str]:
-    return [MODEL, *record["baselines"]]
+def markdown_table(systems: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of `text_table` as Markdown."""
+    rows = [["", "better", *systems], ["---"] * 2 + ["---:"] * len(systems), *_metric_rows(systems)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _systems(record: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    return {MODEL: record["metrics"], **record["baselines"]}
 
 
 def _heading(record: Mapping[str, Any]) -> list[str]:
@@ -129,15 +159,26 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def _metric_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """Label, direction and a cell per system, for every metric that any system has."""
-    systems = [record["metrics"], *record["baselines"].values()]
-    names = dict.fromkeys(name for metrics in systems for name in metrics if name not in COUNTS)
-    rows = []
-    for name in sorted(names, key=_rank):
-        label, better, number = _style(name)
-        rows.append([label, better, *(number.format(m[name]) if name in m else "-" for m in systems)])
-    return rows
+def _metric_rows(systems: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Label, direction and a cell per system, for every metric that any system has.
+
+    The other averages follow the protocol's own, where they print differently.
+    """
+    columns = list(systems.values())
+    names = dict.fromkeys(name for metrics in columns for name in metrics if name not in COUNTS)
+    rows = {name: _metric_row(name, columns) for name in sorted(names, key=_rank)}
+    return [row for name, row in rows.items() if _stem(name) == name or row[2:] != rows[_stem(name)][2:]]
+
+
+def _metric_row(name: str, systems: Sequence[Mapping[str, float]]) -> list[str]:
+    label, better, number = _style(_stem(name))
+    kind = f" ({name.rsplit('_', 1)[1]})" if name != _stem(name) else ""
+    return [label + kind, better, *(number.format(m[name]) if name in m else "-" for m in systems)]
+
+
+def _stem(name: str) -> str:
+    """The metric without the name of its average."""
+    return name.removesuffix(f"_{MACRO}").removesuffix(f"_{MICRO}")
 
 
 def _style(name: str) -> tuple[str, str, str]:
@@ -148,32 +189,44 @@ def _style(name: str) -> tuple[str, str, str]:
     return label.format(threshold), better, number
 
 
-def _rank(name: str) -> tuple[int, int]:
-    """Position of a metric in the table: as in `LABELS`, thresholds ascending."""
-    order = list(LABELS)
-    if name in LABELS:
-        return order.index(name), 0
-    stem, threshold = name.split("_")
-    return order.index(stem), int(threshold)
+def _rank(name: str) -> tuple[bool, int, int]:
+    """Position of a metric in the table: the protocol's averages first, then as in `LABELS`, thresholds ascending."""
+    metric, order = _stem(name), list(LABELS)
+    if metric in LABELS:
+        return metric != name, order.index(metric), 0
+    stem, threshold = metric.split("_")
+    return metric != name, order.index(stem), int(threshold)
 
 
-def _notes(record: Mapping[str, Any]) -> list[str]:
-    """What the numbers mean, and what is missing from them."""
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What the numbers of a record mean, and what is missing from them, as Markdown items."""
+    weights = [f"weights: {_weights(record['provenance'])}"]
     if not record["metrics"]:
-        return [f"- {note}" for note in _skips(record)]
+        return [f"- {note}" for note in [*weights, *_skips(record)]]
     protocol = record["protocol"]
-    notes = [
-        f"depth: one scale per scene ({protocol['depth']['alignment']}), "
-        f"{'scenes weighted by valid pixels' if protocol['depth']['average'] == 'pixels' else 'plain mean of scenes'}; "
-        f"points: {_thinned(protocol['points']['max_points'])}Umeyama, then ICP at "
-        f"{protocol['points']['icp_distance']:g}; "
-        f"poses: {protocol['poses']['relative']} order, pairs of all scenes pooled",
+    depth, points, poses = protocol["depth"], protocol["points"], protocol["poses"]
+    lines = [
+        f"depth: one scale per scene ({depth['alignment']}), {depth['average']} average; "
+        f"points: {_thinned(points['max_points'])}Umeyama, then ICP at {points['icp_distance']:g}, macro average; "
+        f"poses: {poses['relative']} order, {poses['average']} average",
+        "macro: mean over scenes; micro: over all pixels, or all pairs of views, together",
         "accuracy alone rewards a cloud that collapses; read it together with completion",
         *(f"{name}: {BASELINES[name]}" for name in record["baselines"] if name in BASELINES),
     ]
+    if protocol["options"].get("split", "test") != "test":
+        lines.append("not the published test sequences: do not compare with published tables")
     if protocol["modified"]:
-        notes.append("MODIFIED protocol: comparable only with runs that changed the same constants")
-    return [f"- {note}" for note in [*notes, *_skips(record)]]
+        lines.append("MODIFIED protocol: comparable only with runs that changed the same constants")
+    return [f"- {note}" for note in [*lines, *weights, *_skips(record)]]
+
+
+def _weights(provenance: Mapping[str, Any]) -> str:
+    """Names and beginnings of the SHA-256 of the weight files, and the commit."""
+    files = provenance["checkpoint"]["files"]
+    named = ", ".join(f"{name} sha256 {digest[:12]}" for name, digest in files.items()) or "random"
+    commit = provenance["commit"]
+    changed = " with local changes" if commit and commit["dirty"] else ""
+    return named + (f"; commit {commit['hash'][:12]}{changed}" if commit else "")
 
 
 def _thinned(max_points: int | None) -> str:

@@ -1,8 +1,9 @@
 """The items of an evaluation: one scene each, with the views that the protocol names, loaded when its turn comes."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from g2vlm.data.frames import FrameSource
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
 from g2vlm.images import geometry_size
+from geometry import resize_intrinsics
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,51 @@ def frame_items(source: FrameSource, protocol: Protocol) -> list[Item]:
         indices = choose_views(frame_numbers(source.frame_names(scene)), protocol.views)
         if not indices:
             raise InputError(f"no view in scene  {source.facts(scene).name}", "it has no frames", "leave it out")
-        height, width = source.read_frame(scene, indices[0]).image.shape[:2]
-        size = geometry_size((height, width), protocol.width or width)
-        return source.load_views(scene, indices, size, fit="stretch")
+        stored = source.read_frame(scene, indices[0]).image.shape[:2]
+        sample = source.load_views(scene, indices, geometry_size(stored, protocol.width or stored[1]), fit="stretch")
+        return sample if protocol.intrinsics == "exact" else with_one_factor(sample, stored)
 
-    return [Item(source.facts(scene).name, lambda scene=scene: load(scene)) for scene in range(len(source))]
+    names = distinct([_name(source, scene) for scene in range(len(source))])
+    return [Item(name, lambda scene=scene: load(scene)) for scene, name in enumerate(names)]
+
+
+def _name(source: FrameSource, scene: int) -> str:
+    """A scene's name; its position where its metadata cannot be read, which `load` will report."""
+    try:
+        return source.facts(scene).name
+    except InputError:
+        return f"scene-{scene}"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with `-2`, `-3`, ... behind those that came before, so that each names one row and one file."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for name in names:
+        seen[name] += 1
+        chosen.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return chosen
+
+
+def file_name(item: str, suffix: str) -> str:
+    """The name of an item's file."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', item)}{suffix}"
+
+
+def with_one_factor(sample: SceneSample, stored: tuple[int, int]) -> SceneSample:
+    """Intrinsics scaled as in the published evaluators: both axes by the larger factor, max(W / w, H / h).
+
+    Where the aspect changes, the true points are wrong in one axis and off centre, as those of published tables.
+
+    Args:
+        sample: frames of `stored` (h, w) pixels stretched to (H, W), its intrinsics with each axis by its own factor.
+    """
+    if sample.intrinsics is None:
+        return sample
+    factor = max(new / old for new, old in zip(sample.size, stored, strict=True))
+    one_factor = (stored[0] * factor, stored[1] * factor)
+    intrinsics = resize_intrinsics(sample.intrinsics.double(), sample.size, one_factor)
+    return replace(sample, intrinsics=intrinsics.to(sample.intrinsics.dtype))
 
 
 def frame_numbers(names: Sequence[str]) -> list[int]:

@@ -2,7 +2,7 @@
 
     import g2vlm
 
-    scene = g2vlm.load("models/g2vlm").reconstruct("photos/")
+    scene = g2vlm.load("models/g2vlm").reconstruct("photos/")  # load() takes the demo weights
     scene.export("out/room")
 
 Importing the package registers its classes with transformers' Auto classes. Only the command line, which must answer

@@ -22,7 +22,27 @@ log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+DEMO_WEIGHTS = Path(__file__).parent / "assets" / "demo"
+DEMO_NAME = "demo weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def or_demo(source: str | Path | None) -> str | Path:
+    """The model asked for; None stands for the demo weights of the package, and the log says so.
+
+    Raises:
+        CheckpointError: the demo weights are wanted and absent.
+    """
+    if source is not None:
+        return source
+    if not DEMO_WEIGHTS.is_dir():
+        raise CheckpointError(
+            "no model was chosen, and the demo weights are absent",
+            f"there is no folder {DEMO_WEIGHTS}",
+            "choose a model with --model, or install the package again from a complete checkout",
+        )
+    log.warning("%s, trained on rendered rooms only; choose another with --model", DEMO_NAME)
+    return DEMO_WEIGHTS
 
 
 def inspect(path: str | Path) -> dict[str, TensorSpec]:
@@ -87,8 +107,9 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> G2VLMForConditionalGenerat
 def _fill(
     config: G2VLMConfig, state: dict[str, torch.Tensor], dtype: torch.dtype, name: str
 ) -> G2VLMForConditionalGeneration:
-    config.name_or_path = name
-    return G2VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model = G2VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.config.name_or_path = name  # afterwards: transformers overwrites it
+    return model
 
 
 def random_model(

@@ -40,11 +40,11 @@ def _parser(description: str, example: str) -> ArgumentParser:
 
 
 def _recon_parser() -> ArgumentParser:
-    parser = _parser("Reconstruct one scene from photographs.", "g2vlm recon photos/ --model models/g2vlm -o out/room")
+    parser = _parser("Reconstruct one scene from photographs.", "g2vlm recon photos/ -o out/room --model models/g2vlm")
     parser.add_argument("images", nargs="+", help="folders, files or glob patterns; folders in natural order")
-    parser.add_argument("-m", "--model", required=True, help="model folder (our layout or the released one) or preset")
+    parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--width", type=int, default=518, help="width in pixels that views are brought to")
+    parser.add_argument("--width", type=int, help="width in pixels that views are brought to; default: the model's")
     parser.add_argument("--max-views", type=int, help="use at most this many views, evenly chosen")
     parser.add_argument("--skip-bad", action="store_true", help="continue without unreadable images")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS, help="what to write")
@@ -76,7 +76,7 @@ def _convert_parser() -> ArgumentParser:
 
 def _info_parser() -> ArgumentParser:
     parser = _parser("Describe a model folder, a preset, or a reconstruction.", "g2vlm info paper_2b")
-    parser.add_argument("target", help="model folder, preset name, or the output folder of a reconstruction")
+    parser.add_argument("target", nargs="?", help="model or preset (default: demo weights), or what recon wrote")
     return parser
 
 

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from transformers.utils.logging import disable_progress_bar
 
 from g2vlm import __version__
-from g2vlm.checkpoint import load_model, read_config
+from g2vlm.checkpoint import DEMO_NAME, load_model, or_demo, read_config
 from g2vlm.config import G2VLMConfig
 from g2vlm.convert import convert as convert_checkpoint
 from g2vlm.data.checks import CheckRules, check_source
@@ -24,7 +24,7 @@ from g2vlm.data.registry import build_source, detect_source
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import CheckFailed, InputError
 from g2vlm.export import check_output_folder
-from g2vlm.images import geometry_size
+from g2vlm.images import SourceImage, geometry_size
 from g2vlm.model.attention import backend_names
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.pipeline import Pipeline, load, read_sources
@@ -43,25 +43,35 @@ def recon(args: Namespace) -> None:
     """Reconstruct photographs and write what was asked for."""
     check_output_folder(args.output, args.overwrite)
     sources = read_sources(args.images, args.max_views, args.skip_bad)
-    height, width = geometry_size(sources[0].size, args.width)
+    if args.width is not None:
+        geometry_size(sources[0].size, args.width)  # a wrong width is told before the weights are read
     if args.dry_run:
-        print(_plan(len(sources), (height, width), args))
+        print(_plan(sources, args))
         return
     pipeline = load(args.model, args.device, _dtype(args.dtype))
+    height, width = _view_size(sources, pipeline.model.config, args.width)
     log.info("reconstructing %d views at %dx%d on %s", len(sources), width, height, pipeline.model.device)
-    scene = pipeline.reconstruct_sources(sources, args.width)
+    scene = pipeline.reconstruct_sources(sources, width)
     for path in scene.export(args.output, args.formats, overwrite=args.overwrite):
         print(path)
 
 
-def _plan(num_views: int, size: tuple[int, int], args: Namespace) -> str:
+def _view_size(sources: list[SourceImage], config: G2VLMConfig, width: int | None) -> tuple[int, int]:
+    """(height, width) that views are brought to: `width` wide, or as wide as the model's config says."""
+    if width is None:
+        width = config.view_width
+        log.info("views are brought to the model's width, %d pixels; choose another with --width", width)
+    return geometry_size(sources[0].size, width)
+
+
+def _plan(sources: list[SourceImage], args: Namespace) -> str:
     """What `recon` would do, from the config alone."""
-    config = read_config(args.model)
-    patch = config.geometry_encoder.patch_size
-    sequence = recon_sequence([torch.empty(num_views, 3, *size, device="meta")], config)
+    config = read_config(or_demo(args.model))
+    size, patch = _view_size(sources, config, args.width), config.geometry_encoder.patch_size
+    sequence = recon_sequence([torch.empty(len(sources), 3, *size, device="meta")], config)
     return "\n".join(
         [
-            f"views    {num_views}, brought to {size[1]}x{size[0]}, {size[0] // patch} x {size[1] // patch} patches",
+            f"views    {len(sources)}, brought to {size[1]}x{size[0]}, {size[0] // patch} x {size[1] // patch} patches",
             f"tokens   {sequence.num_tokens} ({sequence.num_geometry} geometry)",
             f"output   {args.output}: {', '.join(args.formats)}",
         ]
@@ -87,14 +97,16 @@ def convert(args: Namespace) -> None:
 
 
 def info(args: Namespace) -> None:
-    """Describe a model or a saved scene."""
-    target = Path(args.target)
+    """Describe a model, by default the demo weights, or a saved scene."""
+    source = or_demo(args.target)
+    target = Path(source)
     if (target / "cameras.json").is_file() or (target / "scene.json").is_file():
         name = "cameras.json" if (target / "cameras.json").is_file() else "scene.json"
         print(_table(_scene_facts(json.loads((target / name).read_text(encoding="utf-8")))))
         return
-    config = read_config(args.target)
-    print(_table({"model": args.target, **parameter_counts(config), **_config_facts(config)}))
+    config = read_config(source)
+    name = args.target or f"{DEMO_NAME} ({target})"
+    print(_table({"model": name, **parameter_counts(config), **_config_facts(config)}))
 
 
 def parameter_counts(config: G2VLMConfig) -> dict[str, str]:
@@ -119,6 +131,7 @@ def _config_facts(config: G2VLMConfig) -> dict[str, str]:
         f"positions {config.view_positions}",
         "encoders": f"{config.encoders}; DINOv2 windows {encoder.windows}",
         "normals": config.heads.normals,
+        "views": f"{config.view_width} pixels wide unless another width is asked for",
         "conventions": "OpenCV camera axes, cam_to_world poses, one free scale per scene",
     }
 

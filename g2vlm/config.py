@@ -204,6 +204,12 @@ class G2VLMConfig(PreTrainedConfig):
         """Rows of the embedding table."""
         return self.decoder.vocab_size
 
+    @property
+    def view_width(self) -> int:
+        """Width of views in pixels when nobody asks for another: the geometry encoder's, in whole patches."""
+        encoder = self.geometry_encoder
+        return encoder.image_size // encoder.patch_size * encoder.patch_size
+
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Self:
         """This config itself: it holds the sizes that transformers looks for."""
         return self

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from g2vlm.checkpoint import load_model
+from g2vlm.checkpoint import DEMO_NAME, load_model, or_demo
 from g2vlm.errors import InputError
 from g2vlm.images import SourceImage, from_memory, geometry_pixels, list_images, read_images
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -18,12 +18,11 @@ from geometry import GeometryPrediction
 
 log = logging.getLogger(__name__)
 
-DEFAULT_WIDTH = 518
 ImageInput = str | Path | Image.Image | np.ndarray
 
 
 def load(
-    model: str | Path,
+    model: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -31,18 +30,21 @@ def load(
     """Load a model for inference.
 
     Args:
-        model: a folder in our layout or in the released one, a hub id, or the name of a preset (random weights).
+        model: a folder in our layout or in the released one, a hub id, or the name of a preset (random weights); by
+            default the demo weights of the package.
         device: where to run; by default the first GPU, else the CPU.
         dtype: precision of the weights; by default bfloat16 on a GPU, float32 on the CPU.
         revision: commit of a hub id.
 
     Raises:
-        CheckpointError: the weights are incomplete, damaged or of another architecture.
+        CheckpointError: the weights are absent, incomplete, damaged or of another architecture.
         InputError: there is no such model.
     """
+    source = or_demo(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    return Pipeline(load_model(model, dtype=dtype, device=device, revision=revision), name=str(model))
+    name = DEMO_NAME if model is None else str(model)
+    return Pipeline(load_model(source, dtype=dtype, device=device, revision=revision), name)
 
 
 class Pipeline:
@@ -57,7 +59,7 @@ class Pipeline:
     def reconstruct(
         self,
         images: ImageInput | Iterable[ImageInput],
-        width: int = DEFAULT_WIDTH,
+        width: int | None = None,
         max_views: int | None = None,
         skip_bad: bool = False,
     ) -> Scene:
@@ -65,7 +67,7 @@ class Pipeline:
 
         Args:
             images: a folder, files, glob patterns, PIL images or uint8 arrays (H, W, 3).
-            width: width in pixels that the views are brought to; the released model was trained at 518.
+            width: width in pixels that the views are brought to; by default the config's `view_width`.
             max_views: use at most this many views, evenly chosen.
             skip_bad: continue without unreadable files instead of refusing.
 
@@ -74,8 +76,9 @@ class Pipeline:
         """
         return self.reconstruct_sources(read_sources(images, max_views, skip_bad), width)
 
-    def reconstruct_sources(self, sources: list[SourceImage], width: int = DEFAULT_WIDTH) -> Scene:
+    def reconstruct_sources(self, sources: list[SourceImage], width: int | None = None) -> Scene:
         """Like `reconstruct`, from images already read."""
+        width = self.model.config.view_width if width is None else width
         pixels = torch.from_numpy(geometry_pixels(sources, width))  # (S, 3, H, W)
         prediction = self.predict(pixels)
         confidence = None if prediction.confidence is None else torch.sigmoid(prediction.confidence).numpy()

@@ -86,6 +86,15 @@ class WeightFiles:
         return self._open[file].get_tensor(name)
 
 
+def weight_files(path: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, or the one file that `path` is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return sorted(_locate(Path(path)))
+
+
 def _locate(path: Path) -> dict[Path, set[str] | None]:
     """Weight files -> the names the index promises in them (None without an index)."""
     if path.is_file():

@@ -11,19 +11,51 @@ Shapes: N source points, M target points, k neighbours.
 # pyright: reportUnknownArgumentType=false
 
 from dataclasses import dataclass
-from typing import cast
+from functools import cached_property
 
 import numpy as np
-import roma
 import torch
 from scipy.spatial import KDTree
 
 from geometry.alignment import umeyama
 from geometry.arrays import ArrayLike, FloatArray, IntArray, finite_array
-from geometry.transforms import rigid
 from geometry.types import Similarity
 
 POINTS_PER_CHUNK = 1 << 16  # bounds the neighbourhoods held at once to about 50 MB
+ROUND_OFF = 1e-12  # of a covariance, relative to the points; nothing below it says anything
+POINTS_PER_THREAD = 1 << 16  # starting threads for fewer queries takes longer than it saves
+
+
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """Points (N, 3) with what is made from them once: the search tree, and normals of unknown sign."""
+
+    points: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @classmethod
+    def of(cls, points: "ArrayLike | Cloud", name: str, least: int = 1) -> "Cloud":
+        """A cloud of checked points; a cloud is returned as it is.
+
+        Raises:
+            ValueError: fewer than `least` points, another shape than (N, 3), or a value that is not finite.
+        """
+        cloud = points if isinstance(points, Cloud) else cls(finite_array(points, name, ("N", 3)))
+        if len(cloud) < least:
+            raise ValueError(f"{name}: needs at least {least} points, given {len(cloud)}")
+        return cloud
+
+    @cached_property
+    def tree(self) -> KDTree:
+        """For nearest neighbours."""
+        return KDTree(self.points)
+
+    @cached_property
+    def normals(self) -> FloatArray:
+        """(N, 3) by `estimate_normals`."""
+        return estimate_normals(self)
 
 
 @dataclass(frozen=True)
@@ -66,15 +98,15 @@ def apply_transform(transform: FloatArray, points: FloatArray) -> FloatArray:
     return points @ transform[:3, :3].T + transform[:3, 3]
 
 
-def nearest_neighbours(query: FloatArray, points: FloatArray) -> tuple[FloatArray, IntArray]:
-    """Distance (Q,) to, and index (Q,) of, the nearest of `points` (N, 3) for each of `query` (Q, 3)."""
-    distance, index = KDTree(points).query(query, workers=-1)
+def nearest_neighbours(query: FloatArray, cloud: Cloud) -> tuple[FloatArray, IntArray]:
+    """Distance (Q,) to, and index (Q,) of, the nearest point of a cloud for each of `query` (Q, 3)."""
+    distance, index = cloud.tree.query(query, workers=_threads(query))
     return np.asarray(distance), np.asarray(index)
 
 
 def icp_point_to_point(
     source: ArrayLike,
-    target: ArrayLike,
+    target: ArrayLike | Cloud,
     max_distance: float,
     *,
     relative_fitness: float = 1e-6,
@@ -98,27 +130,26 @@ def icp_point_to_point(
     Raises:
         ValueError: a cloud is empty or not finite, or `max_distance` is not positive.
     """
-    moved = _cloud(source, "source", 1)
-    fixed = _cloud(target, "target", 1)
+    moved = Cloud.of(source, "source").points
+    fixed = Cloud.of(target, "target")
     if not max_distance > 0:
         raise ValueError(f"max_distance: must be positive, given {max_distance}")
-    tree = KDTree(fixed)
     transform = np.eye(4)
-    current = _correspondences(moved, tree, max_distance)
+    current = _correspondences(moved, fixed, max_distance)
     for _ in range(max_iterations):
         if len(current.source_index) < 3:
             break
-        update = _fit_rigid(moved[current.source_index], fixed[current.target_index])
+        update = _fit_rigid(moved[current.source_index], fixed.points[current.target_index])
         transform = update @ transform
         moved = apply_transform(update, moved)
-        previous, current = current, _correspondences(moved, tree, max_distance)
+        previous, current = current, _correspondences(moved, fixed, max_distance)
         settled = abs(previous.fitness - current.fitness) < relative_fitness
         if settled and abs(previous.inlier_rmse - current.inlier_rmse) < relative_rmse:
             break
     return Registration(transform, current.fitness, current.inlier_rmse)
 
 
-def estimate_normals(points: ArrayLike, num_neighbours: int = 30) -> FloatArray:
+def estimate_normals(points: ArrayLike | Cloud, num_neighbours: int = 30) -> FloatArray:
     """Unit normals (N, 3) of unknown sign: the direction of least variance of each point's nearest neighbours.
 
     The neighbourhood counts the point itself (Open3D's `estimate_normals` default); a smaller cloud uses all points.
@@ -126,14 +157,13 @@ def estimate_normals(points: ArrayLike, num_neighbours: int = 30) -> FloatArray:
     Raises:
         ValueError: fewer than three points, or a value that is not finite.
     """
-    cloud = _cloud(points, "points", 3)
-    tree = KDTree(cloud)
+    cloud = Cloud.of(points, "points", 3)
     count = min(num_neighbours, len(cloud))
-    normals = np.empty_like(cloud)
+    normals = np.empty_like(cloud.points)
     for start in range(0, len(cloud), POINTS_PER_CHUNK):
-        chunk = slice(start, start + POINTS_PER_CHUNK)
-        _, index = tree.query(cloud[chunk], k=count, workers=-1)  # (n, k)
-        normals[chunk] = _least_variance_direction(cloud[index])
+        chunk = cloud.points[start : start + POINTS_PER_CHUNK]
+        _, index = cloud.tree.query(chunk, k=count, workers=_threads(chunk))  # (n, k)
+        normals[start : start + POINTS_PER_CHUNK] = _least_variance_direction(cloud.points[index])
     return normals
 
 
@@ -145,8 +175,13 @@ class _Correspondences:
     inlier_rmse: float
 
 
-def _correspondences(source: FloatArray, target: KDTree, max_distance: float) -> _Correspondences:
-    distance, index = target.query(source, distance_upper_bound=max_distance, workers=-1)
+def _threads(query: FloatArray) -> int:
+    """For a search of scipy's: one, or all (-1)."""
+    return -1 if len(query) >= POINTS_PER_THREAD else 1
+
+
+def _correspondences(source: FloatArray, target: Cloud, max_distance: float) -> _Correspondences:
+    distance, index = target.tree.query(source, distance_upper_bound=max_distance, workers=_threads(source))
     found = np.flatnonzero(np.isfinite(distance))  # (n,); a source point without target has infinite distance
     squared = np.asarray(distance)[found] ** 2
     rmse = float(np.sqrt(np.mean(squared))) if len(found) else 0.0
@@ -154,10 +189,19 @@ def _correspondences(source: FloatArray, target: KDTree, max_distance: float) ->
 
 
 def _fit_rigid(source: FloatArray, target: FloatArray) -> FloatArray:
-    """Least-squares rigid (4, 4) between corresponding points, source -> target."""
-    motion = roma.rigid_points_registration(torch.from_numpy(source), torch.from_numpy(target))
-    rotation, translation = cast("tuple[torch.Tensor, torch.Tensor]", motion)
-    return rigid(rotation, translation).numpy()
+    """Least-squares rigid (4, 4) between corresponding points, source -> target (Umeyama 1991 without scale).
+
+    Points at one place or on one line leave the rotation open; then it is none, whatever their rounding suggests.
+    """
+    source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
+    spread = source - source_mean
+    U, size, Vt = np.linalg.svd((target - target_mean).T @ spread)
+    motion = np.eye(4)
+    if size[1] > ROUND_OFF * np.linalg.norm(spread) * np.linalg.norm(target):
+        U[:, 2] *= np.sign(np.linalg.det(U @ Vt))  # a rotation, not a reflection
+        motion[:3, :3] = U @ Vt
+    motion[:3, 3] = target_mean - motion[:3, :3] @ source_mean
+    return motion
 
 
 def _least_variance_direction(neighbours: FloatArray) -> FloatArray:
@@ -165,10 +209,3 @@ def _least_variance_direction(neighbours: FloatArray) -> FloatArray:
     centred = neighbours - neighbours.mean(axis=1, keepdims=True)
     covariance = centred.swapaxes(1, 2) @ centred  # (n, 3, 3), times k
     return np.linalg.eigh(covariance).eigenvectors[:, :, 0]
-
-
-def _cloud(points: ArrayLike, name: str, least: int) -> FloatArray:
-    cloud = finite_array(points, name, ("N", 3))
-    if len(cloud) < least:
-        raise ValueError(f"{name}: needs at least {least} points, given {len(cloud)}")
-    return cloud

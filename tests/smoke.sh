@@ -7,6 +7,11 @@ OUT=$(mktemp -d)
 trap 'rm -rf "$OUT"' EXIT
 
 run() { echo "\$ $*" >&2; "$@"; }
+ends_with() { # CODE COMMAND...
+    local code=0
+    run "${@:2}" || code=$?
+    [ "$code" -eq "$1" ] || { echo "smoke: exit code $code instead of $1: ${*:2}" >&2; exit 1; }
+}
 g2vlm() { run "$PY" -m g2vlm "$@"; }
 
 "$PY" - "$OUT/photos" <<'PYTHON'
@@ -43,12 +48,11 @@ done
 PYTHON="$PY" run bash train/stage1_geometry.sh --runtime.steps 3 --runtime.validation_steps 1 --runtime.output "$OUT/stage1"
 PYTHON="$PY" run bash train/stage1_geometry.sh --runtime.steps 5 --runtime.validation_steps 1 --runtime.output "$OUT/stage1" \
     --runtime.resume auto
-g2vlm recon "$OUT/photos" --model "$OUT/stage1/model" -o "$OUT/trained" --width 84
-if g2vlm recon "$OUT/absent" --model tiny -o "$OUT/none"; then
-    echo "smoke: an absent folder was accepted" >&2
-    exit 1
-elif [ $? -ne 2 ]; then
-    echo "smoke: wrong exit code for an absent folder" >&2
-    exit 1
-fi
+g2vlm recon "$OUT/photos" --model "$OUT/stage1/model" -o "$OUT/trained"
+g2vlm recon "$OUT/photos" -o "$OUT/demo"
+g2vlm info
+# too few steps to pass its gate: exit code 1, and a report all the same
+PYTHON="$PY" ends_with 1 bash train/quickstart.sh --output "$OUT/quickstart" --limit 2 --runtime.steps 3 --runtime.validation_steps 1
+grep -q "gate MISSED" "$OUT/quickstart/report.md"
+ends_with 2 g2vlm recon "$OUT/absent" --model tiny -o "$OUT/none"
 echo "smoke: passed"

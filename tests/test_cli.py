@@ -206,6 +206,33 @@ def test_bad_checkpoints(damage, photos: Path, model_folder: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_model_the_demo_weights_reconstruct_at_their_own_width(
+    photos: Path, demo_weights: Path, tmp_path: Path, caplog, capsys
+) -> None:
+    caplog.set_level("INFO")
+    command = ["recon", str(photos), "-o", str(tmp_path / "out"), "--formats", "scene", "--device", "cpu"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "3, brought to 84x56" in capsys.readouterr().out
+    caplog.clear()
+    assert main(command) == 0
+    assert caplog.text.count("demo weights, trained on rendered rooms only; choose another with --model") == 1
+    assert "the model's width, 84 pixels; choose another with --width" in caplog.text
+    scene = json.loads((tmp_path / "out" / "scene.json").read_text())
+    assert (scene["model"], scene["resized_to"]) == ("demo weights", {"height": 56, "width": 84})
+    assert main([*command, "--overwrite", "--width", "56"]) == 0
+    assert json.loads((tmp_path / "out" / "scene.json").read_text())["resized_to"] == {"height": 42, "width": 56}
+    capsys.readouterr()
+    assert main(["info"]) == 0
+    assert f"demo weights ({demo_weights})" in capsys.readouterr().out
+
+
+def test_absent_demo_weights(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("g2vlm.checkpoint.DEMO_WEIGHTS", tmp_path / "assets" / "demo")
+    assert_fails(5, capsys, recon(photos, "-o", tmp_path / "out"), "assets/demo")
+    assert_fails(5, capsys, main(["info"]), "assets/demo")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_model(photos: Path, tmp_path: Path, capsys) -> None:
     assert_fails(2, capsys, recon(photos, "--model", "tinny", "-o", tmp_path / "out"), "tinny")
 

@@ -1,5 +1,7 @@
 """What the distribution ships: two packages, nothing of the checkout; and what importing it costs."""
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,10 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = "g2vlm/assets/demo"
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheel(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> zipfile.ZipFile:
+    """Built from the files of the checkout, with demo weights of random numbers."""
     folder = tmp_path_factory.mktemp("wheel")
     build = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(folder)]
     source = folder / "source"
@@ -21,6 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(tiny_weights, source / DEMO, dirs_exist_ok=True)
+    (source / DEMO / "README.md").write_text("model card")
     subprocess.run([sys.executable, "-m", "pip", "wheel", *build, str(source)], check=True)
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
@@ -38,9 +44,22 @@ def test_wheel_holds_every_module_and_the_type_markers(wheel: zipfile.ZipFile) -
         assert f"{package}/py.typed" in names
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    return done.stdout.strip()
+def test_wheel_holds_the_demo_weights_and_an_installed_package_finds_them(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    assert {f"{DEMO}/{name}" for name in ("config.json", "model.safetensors", "README.md")} <= set(wheel.namelist())
+    wheel.extractall(tmp_path)
+    code = "import g2vlm; model = g2vlm.load(device='cpu'); print(g2vlm.__file__, model.name, sep='|')"
+    file, name = run_python(code, cwd=tmp_path).split("|")
+    assert Path(file).is_relative_to(tmp_path)
+    assert name == "demo weights"
+
+
+def run_python(code: str, cwd: Path = ROOT) -> str:
+    """Run code that imports the packages in `cwd`."""
+    environment = {**os.environ, "PYTHONPATH": str(cwd)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=True).stdout.strip()
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:

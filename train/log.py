@@ -8,7 +8,6 @@ import json
 import logging
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from g2vlm.errors import MissingExtra
+from g2vlm.provenance import commit_of
 from train.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def write_run(folder: Path, config: Mapping[str, Any], command: Sequence[str], d
         "schema": SCHEMA,
         "command": list(command),
         "config": config,
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parents[1]),
         "device": device,
         "processes": world,
         "python": platform.python_version(),
@@ -186,16 +186,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> dict[str, Any] | None:
-    """The checkout's commit and whether files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        commit, status = (
-            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"hash": commit.strip(), "dirty": bool(status.strip())}

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geometry.arrays import ArrayLike, BoolArray, FloatArray, bool_array, check_finite, finite_array, float64_array
+from geometry.arrays import ArrayLike, BoolArray, FloatArray, bool_array, check_finite, float64_array
 from geometry.registration import (
+    Cloud,
     Registration,
     apply_similarity,
     apply_transform,
-    estimate_normals,
     fit_similarity,
     icp_point_to_point,
     nearest_neighbours,
@@ -87,8 +87,19 @@ def evaluate_points(pred: ArrayLike, gt: ArrayLike, valid: ArrayLike, icp_distan
     Raises:
         ValueError: shapes differ, fewer than three pixels are valid, or a valid point is not finite.
     """
-    source, target = corresponding_points(pred, gt, valid)
-    similarity = fit_similarity(source, target)
+    source, true_points = corresponding_points(pred, gt, valid)
+    return evaluate_correspondences(source, Cloud(true_points), icp_distance)
+
+
+def evaluate_correspondences(source: FloatArray, target: Cloud, icp_distance: float) -> PointEvaluation:
+    """`evaluate_points` on predicted points (N, 3) and a cloud of the corresponding true ones, finite both.
+
+    Several predictions of one scene share the cloud, hence its search tree and its normals.
+
+    Raises:
+        ValueError: fewer than three points, or all predicted points coincide.
+    """
+    similarity = fit_similarity(source, target.points)
     aligned = apply_similarity(similarity, source)
     registration = icp_point_to_point(aligned, target, icp_distance)
     metrics = point_metrics(apply_transform(registration.transform, aligned), target)
@@ -123,37 +134,28 @@ def thin_mask(valid: ArrayLike, max_points: int) -> BoolArray:
     return kept.reshape(mask.shape)
 
 
-def point_metrics(pred: ArrayLike, gt: ArrayLike) -> PointMetrics:
+def point_metrics(pred: ArrayLike | Cloud, gt: ArrayLike | Cloud) -> PointMetrics:
     """Distances and normal consistency of two aligned clouds (N, 3) and (M, 3), each with kNN normals of its own."""
-    source, target = _clouds(pred, gt)
-    accuracy, nearest_gt = nearest_neighbours(source, target)
-    completion, nearest_pred = nearest_neighbours(target, source)
-    source_normals, target_normals = estimate_normals(source), estimate_normals(target)
-    nc1 = _absolute_cosine(source_normals, target_normals[nearest_gt])
-    nc2 = _absolute_cosine(target_normals, source_normals[nearest_pred])
+    source, target = Cloud.of(pred, "pred"), Cloud.of(gt, "gt")
+    accuracy, nearest_gt = nearest_neighbours(source.points, target)
+    completion, nearest_pred = nearest_neighbours(target.points, source)
+    nc1 = _absolute_cosine(source.normals, target.normals[nearest_gt])
+    nc2 = _absolute_cosine(target.normals, source.normals[nearest_pred])
     return PointMetrics(*_mean_median(accuracy), *_mean_median(completion), *_mean_median(nc1), *_mean_median(nc2))
 
 
-def distance_metrics(pred: ArrayLike, gt: ArrayLike) -> DistanceMetrics:
+def distance_metrics(pred: ArrayLike | Cloud, gt: ArrayLike | Cloud) -> DistanceMetrics:
     """Accuracy and completion alone of two aligned clouds (N, 3) and (M, 3)."""
-    source, target = _clouds(pred, gt)
-    accuracy, _ = nearest_neighbours(source, target)
-    completion, _ = nearest_neighbours(target, source)
+    source, target = Cloud.of(pred, "pred"), Cloud.of(gt, "gt")
+    accuracy, _ = nearest_neighbours(source.points, target)
+    completion, _ = nearest_neighbours(target.points, source)
     return DistanceMetrics(*_mean_median(accuracy), *_mean_median(completion))
 
 
 def completion_ratio(pred: ArrayLike, gt: ArrayLike, threshold: float) -> float:
     """Share of true points (M, 3) with a predicted point (N, 3) closer than `threshold`."""
-    source, target = _clouds(pred, gt)
-    distance, _ = nearest_neighbours(target, source)
+    distance, _ = nearest_neighbours(Cloud.of(gt, "gt").points, Cloud.of(pred, "pred"))
     return float(np.mean(distance < threshold))
-
-
-def _clouds(pred: ArrayLike, gt: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    source, target = finite_array(pred, "pred", ("N", 3)), finite_array(gt, "gt", ("M", 3))
-    if not len(source) or not len(target):
-        raise ValueError(f"pred, gt: both clouds need points, given {len(source)} and {len(target)}")
-    return source, target
 
 
 def _absolute_cosine(a: FloatArray, b: FloatArray) -> FloatArray:

@@ -7,23 +7,27 @@ import numpy as np
 import pytest
 import torch
 
-from eval.protocols import PROTOCOLS, DepthRule
-from eval.scoring import ALL_PARTS, Row, score, summarise
+from eval.protocols import PROTOCOLS, DepthRule, PoseRule
+from eval.scoring import Row, score
+from eval.summary import summarise
+from eval.truth import ALL_PARTS
 from g2vlm.errors import InputError
 from tests.eval.samples import perfect, random_rotation, room_sample
 
 ROOMS = PROTOCOLS["rooms-heldout-v1"]
-PERFECT = {"abs_rel": 0, "delta_1": 1, "accuracy_mean": 0, "accuracy_median": 0, "completion_mean": 0,
-           "completion_median": 0, "normal_derived_mean_deg": 0, "normal_derived_median_deg": 0,
-           "normal_output_mean_deg": 0, "normal_output_median_deg": 0, "rotation_median_deg": 0,
-           "translation_median_deg": 0, "rra_5": 100, "rra_15": 100, "rra_30": 100, "rta_5": 100, "rta_15": 100,
-           "rta_30": 100, "auc_30": 100, "num_pairs": 3, "num_zero_baseline": 0}  # fmt: skip
+SCENE_MEANS = {"accuracy_mean": 0, "accuracy_median": 0, "completion_mean": 0, "completion_median": 0, "nc_mean": 1,
+               "nc_median": 1, "normal_derived_median_deg": 0, "normal_output_median_deg": 0, "num_pairs": 3,
+               "rotation_median_deg": 0, "translation_median_deg": 0, "num_zero_baseline": 0}  # fmt: skip
+BOTH_AVERAGES = {"abs_rel": 0, "delta_1": 1, "normal_derived_mean_deg": 0, "normal_output_mean_deg": 0, "rra_5": 100,
+                 "rra_15": 100, "rra_30": 100, "rta_5": 100, "rta_15": 100, "rta_30": 100, "auc_30": 100}  # fmt: skip
+AVERAGES = ("", "_macro", "_micro")
+PERFECT = SCENE_MEANS | {name + kind: value for name, value in BOTH_AVERAGES.items() for kind in AVERAGES}
 
 
 @pytest.mark.parametrize(
     ("scale", "seed"), [(1.0, None), (0.037, 1), (250.0, 2)], ids=["same world", "small world", "large world"]
 )
-@pytest.mark.parametrize("protocol", ["rooms-heldout-v1", "7scenes-proj-clean", "7scenes-proj"])
+@pytest.mark.parametrize("protocol", ["rooms-heldout-v1", "7scenes-proj-clean", "7scenes-pi3-518"])
 def test_a_perfect_prediction_scores_perfectly_in_any_world(protocol: str, scale: float, seed: int | None) -> None:
     sample = room_sample()
     rotation = None if seed is None else random_rotation(seed)
@@ -32,7 +36,9 @@ def test_a_perfect_prediction_scores_perfectly_in_any_world(protocol: str, scale
     assert metrics == pytest.approx(PERFECT, abs=2e-2)  # degrees: float32 poses
     assert metrics["abs_rel"] < 1e-6
     assert metrics["accuracy_mean"] < 1e-5
+    assert metrics["nc_mean"] > 1 - 1e-5
     assert row.depth_scale == pytest.approx(1 / scale, rel=1e-5)
+    assert row.point_scale == pytest.approx(1 / scale, rel=1e-5)
     assert row.valid_pixels == row.num_points == 3 * 42 * 56 - 25
 
 
@@ -146,24 +152,43 @@ def test_thinned_clouds_have_the_size_asked_for() -> None:
     assert row.accuracy_mean < 1e-5
 
 
-def test_items_are_averaged_as_the_protocol_says() -> None:
+def test_items_are_averaged_in_both_ways_and_the_protocol_chooses() -> None:
     rows = [row_with(pixels=100, abs_rel=0.1, rotation=(1.0, 20.0)), row_with(pixels=300, abs_rel=0.5, rotation=(3.0,))]
-    plain = summarise(rows, ROOMS)
-    assert plain["abs_rel"] == pytest.approx(0.3)
-    assert plain["rotation_median_deg"] == 3
-    assert plain["rra_5"] == pytest.approx(200 / 3)
-    assert plain["num_pairs"] == 3
-    weighted = summarise(rows, replace(ROOMS, depth=DepthRule(average="pixels")))
-    assert weighted["abs_rel"] == pytest.approx(0.4)
+    macro = replace(ROOMS, depth=DepthRule(average="macro"), poses=PoseRule(average="macro"))
+    micro = replace(ROOMS, depth=DepthRule(average="micro"), poses=PoseRule(average="micro"))
+    by_scene, together = summarise(rows, macro), summarise(rows, micro)
+    for metrics in (by_scene, together):
+        assert metrics["abs_rel_macro"] == pytest.approx(0.3)
+        assert metrics["abs_rel_micro"] == pytest.approx(0.4)
+        assert metrics["rra_5_macro"] == pytest.approx(75)
+        assert metrics["rra_5_micro"] == pytest.approx(200 / 3)
+        assert metrics["rotation_median_deg"] == 3
+        assert metrics["num_pairs"] == 3
+    assert (by_scene["abs_rel"], by_scene["rra_5"]) == (by_scene["abs_rel_macro"], by_scene["rra_5_macro"])
+    assert (together["abs_rel"], together["rra_5"]) == (together["abs_rel_micro"], together["rra_5_micro"])
 
 
 def test_items_without_a_part_do_not_count_in_its_mean() -> None:
-    rows = [row_with(pixels=100, abs_rel=0.1), row_with(pixels=300, abs_rel=math.nan)]
-    assert summarise(rows, ROOMS) == {"abs_rel": pytest.approx(0.1)}
+    rows = [row_with(pixels=100, abs_rel=0.1, rotation=(1.0,)), row_with(pixels=300, abs_rel=math.nan)]
+    metrics = summarise(rows, ROOMS)
+    assert [metrics["abs_rel" + kind] for kind in AVERAGES] == pytest.approx([0.1] * 3)
+    assert {metrics["rra_5" + kind] for kind in AVERAGES} == {100}
+    assert "accuracy_mean" not in metrics
 
 
-def row_with(pixels: int, abs_rel: float, rotation: tuple[float, ...] = ()) -> Row:
-    return Row("a", (), 42, 56, pixels, abs_rel=abs_rel, rotation_deg=rotation, translation_deg=rotation)
+def test_micro_averages_of_normals_count_their_own_pixels() -> None:
+    rows = [row_with(pixels=900, normal_derived_mean_deg=10.0, normal_derived_pixels=100, normal_output_mean_deg=1.0,
+                     normal_output_pixels=1),
+            row_with(pixels=100, normal_derived_mean_deg=40.0, normal_derived_pixels=300, normal_output_mean_deg=3.0,
+                     normal_output_pixels=3)]  # fmt: skip
+    metrics = summarise(rows, ROOMS)
+    assert metrics["normal_derived_mean_deg_micro"] == pytest.approx(32.5)
+    assert metrics["normal_output_mean_deg_micro"] == pytest.approx(2.5)
+    assert metrics["normal_output_mean_deg"] == metrics["normal_output_mean_deg_macro"] == pytest.approx(2)
+
+
+def row_with(pixels: int, abs_rel: float = math.nan, rotation: tuple[float, ...] = (), **fields) -> Row:
+    return Row("a", (), 42, 56, pixels, abs_rel, rotation_deg=rotation, translation_deg=rotation, **fields)
 
 
 def test_pose_errors_follow_the_order_of_the_protocol() -> None:

@@ -19,6 +19,11 @@ def test_defaults_are_the_released_model() -> None:
     assert (heads.depth, heads.num_heads, heads.point_dim, heads.camera_dim) == (5, 16, 1024, 512)
 
 
+def test_views_have_the_width_of_the_geometry_encoder_in_whole_patches() -> None:
+    assert [PRESETS[name]().view_width for name in ("tiny", "small", "paper_2b")] == [84, 224, 518]
+    assert G2VLMConfig(geometry_encoder={"image_size": 512}).view_width == 504
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

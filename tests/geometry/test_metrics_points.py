@@ -15,11 +15,12 @@ from geometry.metrics.points import (
     completion_ratio,
     corresponding_points,
     distance_metrics,
+    evaluate_correspondences,
     evaluate_points,
     point_metrics,
     thin_mask,
 )
-from geometry.registration import estimate_normals, icp_point_to_point
+from geometry.registration import Cloud, apply_transform, estimate_normals, icp_point_to_point
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_refused_point_maps(surface: np.ndarray, valid: np.ndarray) -> None:
         evaluate_points(surface * np.nan, surface, valid, 0.1)
     with pytest.raises(ValueError, match="coincide"):
         evaluate_points(surface * 0, surface, valid, 0.1)
-    with pytest.raises(ValueError, match="both clouds need points"):
+    with pytest.raises(ValueError, match="pred: needs at least 1"):
         point_metrics(np.zeros((0, 3)), np.zeros((4, 3)))
 
 
@@ -190,6 +191,45 @@ def test_icp_stops_after_the_given_iterations(surface: np.ndarray) -> None:
     once = icp_point_to_point(source, target, 0.3, max_iterations=1)
     more = icp_point_to_point(source, target, 0.3)
     assert more.inlier_rmse < once.inlier_rmse
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["solid", "flat"])
+def test_one_step_of_icp_is_the_least_squares_motion(rng: np.random.Generator, flat: bool) -> None:
+    """With well separated points the correspondences are known, and roma's solver is the oracle."""
+    grid = np.stack(np.meshgrid(*[np.arange(4.0)] * 3), axis=-1).reshape(-1, 3)
+    target = np.unique(grid * [1, 1, 0], axis=0) if flat else grid
+    source = moved(target + 0.02 * rng.normal(size=target.shape), 2, 1, 0.05)
+    step = icp_point_to_point(source, target, max_distance=0.5, max_iterations=1).transform
+    rotation, translation = roma.rigid_points_registration(torch.from_numpy(source), torch.from_numpy(target))
+    np.testing.assert_allclose(step[:3, :3], rotation, atol=1e-12)
+    np.testing.assert_allclose(step[:3, 3], translation, atol=1e-12)
+
+
+def test_a_mirrored_cloud_is_turned_and_not_mirrored_back(rng: np.random.Generator) -> None:
+    target = rng.normal(size=(50, 3)) * [3, 2, 0.1]
+    transform = icp_point_to_point(target * [1, 1, -1], target, max_distance=1).transform
+    assert np.linalg.det(transform[:3, :3]) == pytest.approx(1)
+    assert np.abs(apply_transform(transform, target * [1, 1, -1]) - target).max() > 0.01
+
+
+@pytest.mark.parametrize("target", [[[1.0, 2, 3]] * 2, [[1.0, 2, 3], [1.1, 2, 3]]], ids=["one place", "one line"])
+def test_a_rotation_that_the_points_leave_open_is_none(rng: np.random.Generator, target: list) -> None:
+    source = np.array([1.0, 2, 3]) + 0.1 * rng.normal(size=(9, 3))
+    transform = icp_point_to_point(source, np.array(target), max_distance=1, max_iterations=1).transform
+    np.testing.assert_array_equal(transform[:3, :3], np.eye(3))
+    assert np.abs(transform[:3, 3]).max() > 1e-3
+
+
+def test_a_shared_cloud_and_threads_change_nothing(
+    surface: np.ndarray, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gt = surface.reshape(-1, 3)
+    shared = Cloud(gt)
+    predictions = [gt + 0.02 * rng.normal(size=gt.shape) for _ in range(2)]
+    together = [evaluate_correspondences(pred, shared, 0.1).metrics for pred in predictions]
+    monkeypatch.setattr(registration, "POINTS_PER_THREAD", 10)
+    alone = [evaluate_points(pred, gt, np.ones(len(gt), dtype=bool), 0.1).metrics for pred in predictions]
+    assert together == alone
 
 
 def test_refused_icp(surface: np.ndarray) -> None:
