@@ -80,9 +80,23 @@ def test_wrong_values_are_one_clear_error(tmp_path: Path, text: str) -> None:
     assert "\n" not in caught.value.why
 
 
+def test_model_overrides_on_the_command_line() -> None:
+    config, _ = parse(["--model.preset", "tiny", "--model.decoder.num_layers", "2", "--model.heads.mlp_ratio", "2"])
+    assert config.model == {"preset": "tiny", "decoder": {"num_layers": 2}, "heads": {"mlp_ratio": 2}}
+    assert preset_with(dict(config.model)).heads.mlp_ratio == 2
+
+
 def test_model_overrides() -> None:
     config = preset_with({"preset": "tiny", "encoders": "single", "decoder": {"num_layers": 2}})
     assert (config.encoders, config.decoder.num_layers, config.decoder.hidden_size) == ("single", 2, 128)
-    for wrong in ({"encoder": "single"}, {"decoder": {"layers": 2}}, {"preset": "huge"}, {"decodr": {"num_layers": 2}}):
+    for wrong in (
+        {"encoder": "single"},
+        {"decoder": {"layers": 2}},
+        {"preset": "huge"},
+        {"decodr": {"num_layers": 2}},
+        {"decoder": {"num_layers": "two"}},
+        {"decoder": {"num_layers": 2.5}},
+        {"heads": {"confidence": 1}},
+    ):
         with pytest.raises(InputError):
             preset_with(wrong)

@@ -3,10 +3,6 @@ import logging
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import torch
 
 import g2vlm
 from g2vlm.errors import CheckpointError, InputError, ResourceError, Stopped, TrainingAborted
+from tests.train import worker
 from tests.train.worker import mini_run, run
 from train import state
 from train.config import GuardConfig
@@ -143,11 +140,13 @@ def test_resume_passes_over_a_damaged_checkpoint(
 
 
 def test_another_model_or_other_groups_are_refused(finished: Path, tmp_path: Path) -> None:
+    """Even when runtime.changes lets them through."""
     shutil.copytree(finished, tmp_path / "run")
+    config = mini_run(resume="auto", changes=("model", "trainable"))
     with pytest.raises(CheckpointError, match="another model"):
-        run(replace(mini_run(resume="auto"), model="tiny"), tmp_path / "run")
+        run(replace(config, model="tiny"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="it trained"):
-        run(replace(mini_run(resume="auto"), trainable={"geometry_heads": 1.0}), tmp_path / "run")
+        run(replace(config, trainable={"geometry_heads": 1.0}), tmp_path / "run")
 
 
 def test_only_the_newest_are_kept(finished: Path, tmp_path: Path) -> None:
@@ -190,49 +189,58 @@ def test_unreadable_scenes_end_the_run_above_the_quota(tmp_path: Path, caplog: p
     assert entry["scene"] in ("box_rooms/1", "box_rooms/2")
 
 
-def start_worker(folder: Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.train.worker", str(folder), str(steps)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-
-
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
-    log = folder / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= steps):
-        time.sleep(0.002)
-
-
-def test_sigterm_saves_and_exits_75(finished: Path, tmp_path: Path) -> None:
-    process = start_worker(tmp_path / "run", 1000)
-    wait_for_steps(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == Stopped.code == 75, text
+def test_sigterm_saves_and_exits_75(tmp_path: Path) -> None:
+    process = worker.start(tmp_path / "run", 1000)
+    worker.wait_for_steps(tmp_path / "run", process, 3)
+    process.terminate()
+    process.join()
+    text = worker.told(tmp_path / "run")
+    assert process.exitcode == Stopped.code == 75, text
     newest, refused = Checkpoints(tmp_path / "run/checkpoints").newest()
     assert newest is not None
     assert f"stopped after step {newest}" in text
     assert not refused
 
 
-def kill_and_finish(finished: Path, folder: Path, kills: int, seed: int) -> None:
-    """Kill a run at random moments, resume it each time, and compare it with the undisturbed one."""
+LONG = 24
+SAVE_OPERATIONS = 16  # files opened, folders made and renamed while one checkpoint is written
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to compare killed ones with."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(mini_run(LONG, keep=1), folder)
+    return folder
+
+
+def kill_and_finish(undisturbed: Path, folder: Path, seed: int) -> None:
+    """Kill a run at five random moments, twice in the second save after it went on; resume it each time; compare."""
     moments = random.Random(seed)
-    for _ in range(kills):
-        process = start_worker(folder, 6)
-        wait_for_steps(folder, moments.randrange(1, 6), process)
-        time.sleep(moments.random() * 0.1)
-        process.kill()
-        process.communicate(timeout=60)
-    process = start_worker(folder, 6)
-    _, text = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    equal_runs(finished, folder)
+    for kill in range(5):
+        if kill % 2:
+            worker.kill_while_saving(folder, LONG, SAVE_OPERATIONS + moments.randint(1, SAVE_OPERATIONS))
+        else:
+            worker.kill_at_random(folder, LONG, moments)
+    worker.finish(folder, LONG)
+    assert worker.told(folder).count("going on from") == 5
+    equal_runs(undisturbed, folder, LONG)
 
 
-def test_sigkill(finished: Path, tmp_path: Path) -> None:
-    kill_and_finish(finished, tmp_path / "run", kills=1, seed=1)
+def test_five_sigkills(undisturbed: Path, tmp_path: Path) -> None:
+    kill_and_finish(undisturbed, tmp_path / "run", seed=0)
 
 
 @pytest.mark.slow
-def test_sigkill_many_times(finished: Path, tmp_path: Path) -> None:
-    for seed in range(5):
-        kill_and_finish(finished, tmp_path / f"run-{seed}", kills=5, seed=seed)
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_25_sigkills(undisturbed: Path, tmp_path: Path, seed: int) -> None:
+    kill_and_finish(undisturbed, tmp_path / "run", seed)
+
+
+@pytest.mark.slow
+def test_sigkill_before_every_file_operation_of_a_save(finished: Path, tmp_path: Path) -> None:
+    for operation in range(1, SAVE_OPERATIONS + 1):
+        folder = tmp_path / f"run-{operation}"
+        worker.kill_while_saving(folder, 6, operation)
+        worker.finish(folder, 6)
+        equal_runs(finished, folder)
