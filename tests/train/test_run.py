@@ -12,7 +12,7 @@ import pytest
 from tests.train.scenes import BoxRooms
 from tests.train.worker import mini_run
 from train import run, state
-from train.config import SourceConfig, load_config, save_config
+from train.config import load_config, save_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,11 +123,6 @@ def test_tensorboard_is_optional(config: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {("train/loss", 1), ("train/loss", 2), ("validation/points", 2)} <= {(name, step) for name, _, step in drawn}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     assert run.main(["--config", str(config), "--runtime.tensorboard", "true"]) == 3
-
-
-def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="absent"):
-        run.open_source(SourceConfig("seven_scenes", str(tmp_path / "absent")))
 
 
 def test_the_script_finds_its_way(tmp_path: Path) -> None:
