@@ -59,7 +59,8 @@ class DataConfig:
 
     Args:
         source: of the training scenes.
-        validation: of the validation scenes; null validates nothing.
+        validation: of the validation scenes; null validates nothing. By default rooms seen as in rooms-heldout-v1, of
+            another seed, so that none of its scenes is among them.
         views: fewest and most views of a scene, one number per step.
         width: of every view in pixels.
         aspect: lowest and highest height / width, one per step.
@@ -69,7 +70,9 @@ class DataConfig:
     """
 
     source: SourceConfig = field(default_factory=SourceConfig)
-    validation: SourceConfig | None = field(default_factory=lambda: SourceConfig(options={"split": "heldout"}))
+    validation: SourceConfig | None = field(
+        default_factory=lambda: SourceConfig(options={"split": "heldout", "seed": 1, "cameras": "wide"})
+    )
     views: tuple[int, int] = (2, 4)
     width: int = 84
     aspect: tuple[float, float] = (1.0, 1.0)

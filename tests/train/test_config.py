@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from g2vlm.data.registry import build_source
+from g2vlm.data.rooms import RoomsSource, heldout_v1
 from g2vlm.errors import InputError
 from train.config import RunConfig, load_config, parse, save_config
 from train.loop import preset_with
@@ -24,6 +26,20 @@ def test_every_config_parses(file: Path, tmp_path: Path) -> None:
 
 def test_the_default_config_is_the_defaults() -> None:
     assert load_config(ROOT / "configs/tiny_stage1.yaml") == RunConfig() == parse([])[0]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_validation_is_like_the_heldout_set_and_apart_from_it(file: Path) -> None:
+    """Rooms sources of different seeds share no scene; rooms-heldout-v1 is of seed 0."""
+    validation = load_config(file).data.validation
+    if validation is None:
+        return
+    kept = heldout_v1.source()
+    source = build_source(validation.name, **validation.options)
+    assert (validation.options["split"], validation.options["cameras"]) == ("heldout", heldout_v1.CAMERAS)
+    names = {rooms.scene(0).name for rooms in (kept, source, RoomsSource(source.law))}
+    assert len(names) == 3
+    assert validation.options["seed"] != 0
 
 
 def test_paper_scale_values() -> None:
