@@ -83,16 +83,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate over the run: linear warm-up to the peak, then cosine (or constant) to the end.
+    """Learning rate over the run: linear warm-up to the peak, then down to `final_lr`.
 
     Args:
-        kind: shape after the warm-up.
+        kind: `cosine`: half a cosine from the warm-up to the end; `constant`: the peak, then a straight line down over
+            the last `decay` steps, so that a longer run only lengthens the level part.
         warmup: steps.
-        final_lr: at the last step, before multipliers; for `cosine`.
+        decay: steps of the straight line of `constant`.
+        final_lr: at the last step, before multipliers.
     """
 
     kind: Literal["cosine", "constant"] = "cosine"
     warmup: int = 50
+    decay: int = 0
     final_lr: float = 1e-6
 
 

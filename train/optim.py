@@ -24,13 +24,15 @@ def build_optimizer(
 
 
 def learning_rate(step: int, steps: int, peak: float, config: ScheduleConfig) -> float:
-    """The rate of a step in [0, steps): linear from peak / warmup to the peak, then a half cosine to `final_lr`."""
+    """The rate of a step in [0, steps): linear from peak / warmup to the peak, then as `kind` says to `final_lr`."""
     if step < config.warmup:
         return peak * (step + 1) / config.warmup
     if config.kind == "constant":
-        return peak
-    progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
-    return config.final_lr + (peak - config.final_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+        share = min((steps - 1 - step) / config.decay, 1.0) if config.decay else 1.0
+    else:
+        progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
+        share = (1 + math.cos(math.pi * min(progress, 1))) / 2
+    return config.final_lr + (peak - config.final_lr) * share
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -120,7 +120,13 @@ def test_learning_rate() -> None:
     assert max(rates) == rates[9] == rates[10] == 1e-3
     assert rates[-1] == pytest.approx(1e-6)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(99, 100, 1e-3, replace(schedule, kind="constant")) == 1e-3
+    level = replace(schedule, kind="constant")
+    assert learning_rate(99, 100, 1e-3, level) == 1e-3
+    falling = replace(level, decay=20)
+    assert learning_rate(79, 100, 1e-3, falling) == pytest.approx(1e-3)
+    assert learning_rate(89, 100, 1e-3, falling) == pytest.approx((1e-3 + schedule.final_lr) / 2)
+    assert learning_rate(99, 100, 1e-3, falling) == pytest.approx(schedule.final_lr)
+    assert learning_rate(79, 300, 1e-3, falling) == learning_rate(79, 100, 1e-3, falling)
 
 
 def test_mixed_attention_follows_the_coin() -> None:

@@ -24,6 +24,7 @@ WALL = 0.35  # metres between a camera and a wall
 STARE = 0.7  # least metres to what the middle of the image shows
 OPEN = 1.2  # least median metres over the image
 ARC = (math.radians(80), math.radians(130))  # of four or more wide views; fewer share a smaller one
+NEAR_ARC = (math.radians(10), math.radians(60))
 TRIES = 40  # per view before the excerpt starts anew
 PROBES = np.array([(x, y, 1.0) for y in (-0.4, 0.0, 0.4) for x in (-0.5, 0.0, 0.5)])  # rays of the view test
 MIDDLE = 4  # of the probes
@@ -132,9 +133,19 @@ def sees(pose: Array, field_of_view: float, obstacles: Obstacles) -> bool:
 
 def wide(scene: Scene, num_views: int, draws: Draws) -> Cameras:
     """A wide baseline: cameras around the room on an arc, all looking at about one place."""
-    obstacles, field_of_view = Obstacles(scene), draws.uniform(*FIELD_OF_VIEW)
     few = min(1.0, (num_views + 1) / 5)
-    for spread in _relaxing(draws, few * ARC[0], few * ARC[1]):
+    return _arc(scene, num_views, draws, (few * ARC[0], few * ARC[1]))
+
+
+def near(scene: Scene, num_views: int, draws: Draws) -> Cameras:
+    """Like `wide` on a shorter arc, so that neighbouring views have much in common."""
+    return _arc(scene, num_views, draws, NEAR_ARC)
+
+
+def _arc(scene: Scene, num_views: int, draws: Draws, spreads: tuple[float, float]) -> Cameras:
+    """Cameras on an arc of a length drawn from a range, or shorter in a full room."""
+    obstacles, field_of_view = Obstacles(scene), draws.uniform(*FIELD_OF_VIEW)
+    for spread in _relaxing(draws, *spreads):
         target = _place(obstacles.room, 0.3, draws, (0.4, 1.1))
         start = draws.uniform(0, 2 * math.pi)
         poses = []
@@ -218,5 +229,10 @@ def mixed(scene: Scene, num_views: int, draws: Draws) -> Cameras:
     return (wide if draws.chance(0.75) else smooth)(scene, num_views, draws)
 
 
+def varied(scene: Scene, num_views: int, draws: Draws) -> Cameras:
+    """Wide baselines half of the time, near ones and walks otherwise: from easy to hard."""
+    return (wide if draws.chance(0.5) else near if draws.chance(0.6) else smooth)(scene, num_views, draws)
+
+
 CameraLaw = Callable[[Scene, int, Draws], Cameras]
-CAMERA_LAWS: dict[str, CameraLaw] = {"wide": wide, "smooth": smooth, "mixed": mixed}
+CAMERA_LAWS: dict[str, CameraLaw] = {"wide": wide, "smooth": smooth, "mixed": mixed, "near": near, "varied": varied}

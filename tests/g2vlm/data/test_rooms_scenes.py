@@ -103,7 +103,7 @@ def test_the_polygon_of_an_l_shaped_room() -> None:
 
 
 @pytest.mark.parametrize("law", sorted(LAWS))
-@pytest.mark.parametrize("cameras", ["wide", "smooth"])
+@pytest.mark.parametrize("cameras", ["wide", "near", "smooth"])
 def test_cameras_are_in_free_space_at_human_heights(law: str, cameras: str) -> None:
     for seed in range(12):
         scene = build_scene(LAWS[law], seed)
@@ -125,10 +125,12 @@ def test_free_and_distances_of_known_places() -> None:
     assert up[0] == pytest.approx(obstacles.room[2] - 2.0)
 
 
-def test_a_walk_moves_little_and_a_wide_baseline_turns() -> None:
-    turns = {name: [rotations(name, seed) for seed in range(20)] for name in ("wide", "smooth")}
-    assert np.median(turns["smooth"]) < 15
-    assert np.median(turns["wide"]) > 30
+def test_camera_laws_turn_less_or_more() -> None:
+    turns = {name: np.median([rotations(name, seed) for seed in range(20)]) for name in CAMERA_LAWS}
+    assert turns["smooth"] < 15
+    assert turns["smooth"] < turns["near"] < 25
+    assert turns["wide"] > 30
+    assert turns["near"] < turns["varied"] < turns["wide"]
 
 
 def rotations(cameras: str, seed: int) -> np.ndarray:
