@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from g2vlm.errors import InputError
-from train.config import RunConfig, plain
+from train.config import RunConfig, known_keys, plain
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,13 @@ def check_changes(checkpoint: Path, saved: Mapping[str, Any], config: RunConfig)
 
 
 def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (saved, asked value) where they differ; `ABSENT` stands for a key that one of them lacks."""
+    """Dotted key -> (saved, asked value) where they differ; `ABSENT` stands for a key that one of them lacks.
+
+    A field that did not exist yet when the config was saved counts as saved with its default.
+    """
     old, new = dict(_leaves(saved)), dict(_leaves(asked))
+    added = {key for key in new.keys() & set(known_keys()) if not any(_within(given, [key]) for given in old)}
+    old |= {key: value for key, value in _leaves(plain(RunConfig())) if key in added}
     pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in old | new}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

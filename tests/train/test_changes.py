@@ -108,4 +108,7 @@ def test_differences_go_both_ways(tmp_path: Path) -> None:
     old, new = {"a": {"b": 1, "c": [1, 2]}, "d": 1}, {"a": {"b": 2, "c": [1, 2]}, "e": {"f": None}}
     assert differences(old, new) == {"a.b": (1, 2), "d": (1, ABSENT), "e.f": (ABSENT, None)}
     config = RunConfig()
+    older = plain(config)
+    del older["schedule"]["warmup"], older["trainable"]["projection"]
+    assert differences(older, plain(config)) == {"trainable.projection": (ABSENT, 1.0)}
     check_changes(tmp_path, plain(replace(config, runtime=replace(config.runtime, workers=3))), config)
