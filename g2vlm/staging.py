@@ -1,11 +1,14 @@
-"""Folders that appear complete or not at all."""
+"""Folders that appear complete or not at all, and what to tell a user when writing fails."""
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from g2vlm.errors import InputError, ResourceError
 
@@ -29,17 +32,38 @@ def staged_folder(destination: Path, overwrite: bool = False, num_bytes: int = 0
     _check_destination(destination, overwrite)
     staging = destination.parent / f".{destination.name}.{os.getpid()}.partial"
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(destination.parent, num_bytes)
-        staging.mkdir()
-        yield staging
-        _put(staging, destination)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ResourceError(f"disk full while writing {destination}", str(error), "free some space") from None
-        raise InputError(f"cannot write {destination}", str(error), "choose another folder") from error
+        with write_errors(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            _check_space(destination.parent, num_bytes)
+            staging.mkdir()
+            yield staging
+            _put(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """What goes wrong while `path` is written, as an error that a user can act on.
+
+    Raises:
+        ResourceError: the disk is full.
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if _error_number(error) in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"disk full while writing {path}", str(error), "free some space") from None
+        raise InputError(f"cannot write {path}", str(error), "choose another folder") from error
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    """safetensors tells the system's error in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _check_destination(destination: Path, overwrite: bool) -> None:

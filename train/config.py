@@ -59,7 +59,8 @@ class DataConfig:
 
     Args:
         source: of the training scenes.
-        validation: of the validation scenes; null validates nothing.
+        validation: of the validation scenes; null validates nothing. By default rooms seen as in rooms-heldout-v1, of
+            another seed, so that none of its scenes is among them.
         views: fewest and most views of a scene, one number per step.
         width: of every view in pixels.
         aspect: lowest and highest height / width, one per step.
@@ -69,7 +70,9 @@ class DataConfig:
     """
 
     source: SourceConfig = field(default_factory=SourceConfig)
-    validation: SourceConfig | None = field(default_factory=lambda: SourceConfig(options={"split": "heldout"}))
+    validation: SourceConfig | None = field(
+        default_factory=lambda: SourceConfig(options={"split": "heldout", "seed": 1, "cameras": "wide"})
+    )
     views: tuple[int, int] = (2, 4)
     width: int = 84
     aspect: tuple[float, float] = (1.0, 1.0)
@@ -140,6 +143,8 @@ class RuntimeConfig:
         seed: of weights, data and everything else random.
         output: folder of the run; by default runs/<name of the config file>.
         resume: `auto`: go on from the newest checkpoint of `output` that verifies; null: start anew.
+        changes: keys such as optim.lr whose values may differ from the checkpoint's that a run goes on from. Without
+            it only a longer `steps` and what does not change the training may differ.
         engine: `auto`: DDP, or fsdp2 on GPUs; `ddp`: float32 replicas; `fsdp2`: sharded, bfloat16 on GPUs.
         device: cpu, cuda; by default a GPU when there is one.
         workers: loader processes per training process.
@@ -154,6 +159,7 @@ class RuntimeConfig:
     seed: int = 0
     output: str | None = None
     resume: Literal["auto"] | None = None
+    changes: tuple[str, ...] = ()
     engine: Literal["auto", "ddp", "fsdp2"] = "auto"
     device: Literal["cpu", "cuda"] | None = None
     workers: int = 0
@@ -225,7 +231,20 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
         made = parser.instantiate(values)
     except (ArgumentError, TypeError) as error:
         raise _readable(error) from None
-    return RunConfig(**{f.name: made[f.name] for f in fields(RunConfig)}), bool(values.debug)
+    given = {f.name: made[f.name] for f in fields(RunConfig)}
+    return RunConfig(**{**given, "model": _numbers(given["model"])}), bool(values.debug)
+
+
+def _numbers(model: Any) -> Any:
+    """The values of a model as YAML reads them; options such as --model.heads.depth 2 arrive as text."""
+    if isinstance(model, dict):
+        return {key: _numbers(value) if isinstance(value, dict) else _number(value) for key, value in model.items()}
+    return model
+
+
+def _number(value: Any) -> Any:
+    read = yaml.safe_load(value) if isinstance(value, str) else value
+    return read if isinstance(read, bool | int | float) else value
 
 
 def load_config(file: Path) -> RunConfig:

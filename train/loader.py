@@ -1,4 +1,8 @@
-"""Batches of consecutive steps, prefetched by worker processes that decide nothing."""
+"""Batches of consecutive steps, prefetched by worker processes that decide nothing.
+
+What workers log and raise is told by the process that asked for the batch: each message once, errors as they are; and
+the unreadable frames that they find are counted there together.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -9,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from g2vlm.data.batch import SceneBatch, collate
+from g2vlm.data.frames import BadFrames, FrameSource
 from g2vlm.data.transforms import augment_colours
 from g2vlm.data.types import SceneSample
-from g2vlm.errors import InputError, TooManyBadFiles
+from g2vlm.errors import G2VLMError, InputError, TooManyBadFiles
 from train.sampler import Pick, Sampler
 
 log = logging.getLogger(__name__)
@@ -41,6 +46,11 @@ class StepDataset(Dataset[LoadedBatch]):
     rank: int = 0
     world: int = 1
     augment: bool = False
+
+    @property
+    def frame_sources(self) -> list[FrameSource]:
+        """The sources of stored frames."""
+        return [source for source in self.sampler.sources if isinstance(source, FrameSource)]
 
     def __getitem__(self, step: int) -> LoadedBatch:
         """The batch of a step; unreadable scenes are replaced by the counter's next choice.
@@ -79,12 +89,85 @@ def shuffled(sample: SceneSample, seed: int) -> SceneSample:
 def batches(dataset: StepDataset, steps: Sequence[int], workers: int) -> Iterator[LoadedBatch]:
     """The batches of these steps in order; the number of workers changes nothing but the speed."""
     loader = DataLoader(
-        dataset,
+        _Reporting(dataset),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # its own, so that starting anew leaves the global one alone
+        worker_init_fn=_collect_messages,
     )
-    return iter(loader)
+    said: set[Message] = set()
+    for made in loader:
+        for message in made.messages:
+            if message not in said:
+                said.add(message)
+                logging.getLogger(message.logger).log(message.level, "%s", message.text)
+        for source, frames in zip(dataset.frame_sources, made.left_out, strict=True):
+            source.leave_out(frames)
+        if isinstance(made.batch, G2VLMError):
+            raise made.batch
+        yield made.batch
+
+
+class Message(NamedTuple):
+    """Something logged in a worker."""
+
+    logger: str
+    level: int
+    text: str
+
+
+class _Collector(logging.Handler):
+    """Keeps what a worker logs until its next batch is handed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[Message] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(Message(record.name, record.levelno, record.getMessage()))
+
+    def take(self) -> list[Message]:
+        taken, self.messages = self.messages, []
+        return taken
+
+
+_collector = _Collector()
+
+
+def _collect_messages(worker: int) -> None:
+    """In a worker: log into the collector alone."""
+    logging.getLogger().handlers = [_collector]
+
+
+class _Made(NamedTuple):
+    """A batch, or the error in its place, which would lose its form on the way out of a worker; and what came with it.
+
+    `left_out` has the frames newly found to be unreadable, for each of the frame sources.
+    """
+
+    batch: LoadedBatch | G2VLMError
+    messages: list[Message]
+    left_out: list[BadFrames]
+
+
+@dataclass(frozen=True)
+class _Reporting(Dataset[_Made]):
+    """A dataset that tells what happened."""
+
+    dataset: StepDataset
+
+    def __getitem__(self, step: int) -> _Made:
+        sources = self.dataset.frame_sources
+        known = [set(source.left_out) for source in sources]
+        try:
+            batch = self.dataset[step]
+        except G2VLMError as error:
+            batch = error
+        new = [
+            {place: error for place, error in source.left_out.items() if place not in before}
+            for source, before in zip(sources, known, strict=True)
+        ]
+        return _Made(batch, _collector.take(), new)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: run.json, log.jsonl, speed.jsonl, bad_samples.jsonl, and lines on the console.
+"""What a run leaves to read: config.yaml, run.json, log.jsonl, speed.jsonl, bad_samples.jsonl; and console lines.
 
 log.jsonl holds only what follows from config and seed, so that an interrupted and resumed run has the log of an
 undisturbed one; times are in speed.jsonl.
@@ -20,6 +20,9 @@ import torch
 
 from g2vlm.errors import MissingExtra
 from g2vlm.provenance import commit_of
+from g2vlm.staging import write_errors
+from train.config import RunConfig, plain, save_config
+from train.engine import Engine
 from train.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ class RunLog:
 
     Raises:
         MissingExtra: TensorBoard is wanted and not installed.
+        ResourceError: the disk is full, here and whenever something is written.
+        InputError: the folder cannot be written, here and later.
     """
 
     def __init__(self, folder: Path, active: bool = True, done: int = 0, tensorboard: bool = False):
@@ -47,7 +52,8 @@ class RunLog:
         self._board = _board(folder, done) if tensorboard and active else None
         if active:
             for name in ("log.jsonl", "speed.jsonl", "bad_samples.jsonl"):
-                _keep(folder / name, done)
+                with write_errors(folder / name):
+                    _keep(folder / name, done)
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of log.jsonl."""
@@ -80,7 +86,7 @@ class RunLog:
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         if self.active:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
+            with write_errors(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
@@ -165,20 +171,28 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def write_run(folder: Path, config: Mapping[str, Any], command: Sequence[str], device: str, world: int) -> None:
-    """run.json: everything that says what the run is; written before the first step."""
+def write_run(folder: Path, config: RunConfig, command: Sequence[str], engine: Engine) -> None:
+    """Make the folder, with config.yaml and run.json: everything that says what the run is.
+
+    Raises:
+        ResourceError: the disk is full.
+        InputError: the folder cannot be written.
+    """
     values = {
         "schema": SCHEMA,
         "command": list(command),
-        "config": config,
+        "config": plain(config),
         "commit": commit_of(Path(__file__).resolve().parents[1]),
-        "device": device,
-        "processes": world,
+        "device": str(engine.device),
+        "processes": engine.world,
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "threads": torch.get_num_threads(),
     }
-    (folder / "run.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+        (folder / "run.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _version(name: str) -> str | None:

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +17,19 @@ from g2vlm.config import PRESETS, G2VLMConfig
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError, Stopped, TrainingAborted
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
-from g2vlm.staging import staged_folder
+from g2vlm.staging import staged_folder, write_errors
+from g2vlm.weights import read_json
+from train.changes import check_changes
 from train.config import DataConfig, RunConfig, plain
 from train.engine import Engine
 from train.loader import LoadedBatch, StepDataset, batches
-from train.log import Console, RunLog
+from train.log import Console, RunLog, write_run
 from train.objectives.geometry import GeometryObjective, recon_batch_inputs
 from train.objectives.report import Objective
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.pictures import save_picture
 from train.sampler import Sampler
-from train.state import Checkpoints, load_state, model_state, save_state, write_model
+from train.state import STATE, Checkpoints, load_state, model_state, save_state, write_model
 from train.step import Guard, Trainer
 from train.trainable import checkpoint_activations, set_trainable
 
@@ -63,12 +65,21 @@ def preset_with(overrides: dict[str, Any]) -> G2VLMConfig:
     preset = PRESETS[name]()
     try:
         values = {
-            key: replace(getattr(preset, key), **value) if isinstance(value, dict) else value
+            key: _part_with(key, getattr(preset, key), value) if isinstance(value, dict) else value
             for key, value in overrides.items()
         }
         return PRESETS[name](**values)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError("unusable model config", str(error), "see g2vlm/config.py for the keys of a model") from None
+
+
+def _part_with(name: str, part: Any, overrides: dict[str, Any]) -> Any:
+    for key, value in overrides.items():
+        known = getattr(part, key)
+        accepted = {float: (int, float), tuple: (list, tuple)}.get(type(known), type(known))
+        if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(known, bool):
+            raise TypeError(f"{name}.{key} is {value!r}, and should be of the kind of {known!r}")
+    return replace(part, **overrides)
 
 
 def build_sampler(config: DataConfig, source: SceneSource, seed: int, model: G2VLMConfig) -> Sampler:
@@ -87,23 +98,32 @@ def build_sampler(config: DataConfig, source: SceneSource, seed: int, model: G2V
 
 
 def train(
-    config: RunConfig, engine: Engine, folder: Path, source: SceneSource, validation: SceneSource | None = None
+    config: RunConfig,
+    engine: Engine,
+    folder: Path,
+    source: SceneSource,
+    validation: SceneSource | None = None,
+    command: Sequence[str] = (),
 ) -> None:
     """Carry out a run in a folder, from its newest checkpoint when `runtime.resume` says so.
 
     Args:
         config: of the run.
         engine: how it trains.
-        folder: of the run; it exists.
+        folder: of the run; made if missing, left as it is when the run cannot start.
         source: of the training scenes.
         validation: of the validation scenes.
+        command: that started the run, for run.json.
 
     Raises:
+        InputError: the config, or the checkpoint to go on from has another one.
         Stopped: SIGTERM or SIGINT came; the state is saved.
         TrainingAborted: a guard stopped the run; the state is saved.
     """
     with stop_signals() as asked:
         run = Run.start(config, engine, folder, source, validation)
+        if engine.rank == 0:
+            write_run(folder, config, command, engine)
         run.train(asked)
 
 
@@ -163,7 +183,7 @@ class Run:
             config.optim.clip,
         )
         checkpoints, guard = Checkpoints(folder / "checkpoints", runtime.keep), Guard(config.guards)
-        done = resume(checkpoints, trainer, model, guard) if runtime.resume == "auto" else 0
+        done = resume(checkpoints, config, trainer, model, guard) if runtime.resume == "auto" else 0
         sampler = build_sampler(config.data, source, runtime.seed, model.config)
         data = StepDataset(sampler, engine.rank, engine.world, config.data.color_augmentation)
         held_out = None
@@ -234,7 +254,8 @@ class Run:
             results.append(terms)
             if step == 0 and self.trainer.engine.rank == 0 and output.geometry:
                 file = self.folder / "validation" / f"step-{self.done:08d}.png"
-                save_picture(output.geometry[0].to("cpu"), batch.to("cpu"), file)
+                with write_errors(file):
+                    save_picture(output.geometry[0].to("cpu"), batch.to("cpu"), file)
         self.trainer.model.train()
         self.log.validation(self.done, {name: sum(r[name] for r in results) / len(results) for name in results[0]})
 
@@ -263,14 +284,27 @@ def build_objectives(config: RunConfig) -> list[Objective]:
     return [GeometryObjective(config.objectives.geometry)]
 
 
-def resume(checkpoints: Checkpoints, trainer: Trainer, model: G2VLMForConditionalGeneration, guard: Guard) -> int:
-    """Load the newest checkpoint that verifies, naming what was refused; returns its step, 0 without any."""
+def resume(
+    checkpoints: Checkpoints,
+    config: RunConfig,
+    trainer: Trainer,
+    model: G2VLMForConditionalGeneration,
+    guard: Guard,
+) -> int:
+    """Load the newest checkpoint that verifies, naming what was refused; returns its step, 0 without any.
+
+    Raises:
+        InputError: the checkpoint was made with another config; nothing was changed.
+    """
     engine = trainer.engine
     found, refused = checkpoints.newest()
-    trainer.engine.barrier()
+    for reason in refused.values():
+        log.warning("%s", reason)
+    if found is not None:
+        check_changes(checkpoints.path(found), read_json(checkpoints.path(found) / STATE)["config"], config)
+    engine.barrier()
     if engine.rank == 0:
-        for step, reason in refused.items():
-            log.warning("%s", reason)
+        for step in refused:
             checkpoints.set_aside(step)
     if found is None:
         log.info("no checkpoint in %s: starting anew", checkpoints.folder)

@@ -10,10 +10,8 @@ from transformers.utils.logging import disable_progress_bar
 from g2vlm.cli import guarded, log_to_stderr
 from g2vlm.data.registry import build_source
 from g2vlm.data.types import SceneSource
-from g2vlm.errors import InputError
 from train import engine as engines
-from train.config import DEFAULT_CONFIG, RunConfig, SourceConfig, parse, plain, save_config
-from train.log import write_run
+from train.config import DEFAULT_CONFIG, RunConfig, SourceConfig, parse
 from train.loop import train
 
 log = logging.getLogger("train")
@@ -42,11 +40,8 @@ def carry_out(arguments: list[str]) -> None:
         engine.barrier()
         source = open_source(config.data.source)
         validation = None if config.data.validation is None else open_source(config.data.validation)
-        if engine.rank == 0:
-            prepare(folder, config, arguments, str(engine.device), engine.world)
-        engine.barrier()
         log.info("run in %s", folder)
-        train(config, engine, folder, source, validation)
+        train(config, engine, folder, source, validation, ["python", "-m", "train.run", *arguments])
 
 
 def config_file(arguments: Sequence[str]) -> Path | None:
@@ -70,20 +65,6 @@ def run_folder(config: RunConfig, name: str) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
-
-
-def prepare(folder: Path, config: RunConfig, arguments: Sequence[str], device: str, world: int) -> None:
-    """Make the folder and write what the run is.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-        write_run(folder, plain(config), ["python", "-m", "train.run", *arguments], device, world)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}", str(error), "choose another runtime.output") from None
 
 
 def open_source(config: SourceConfig) -> SceneSource:

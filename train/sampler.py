@@ -122,7 +122,7 @@ class Sampler:
             source = int(np.searchsorted(np.cumsum(weights / weights.sum()), random.random(), side="right"))
             source = min(source, len(self.sources) - 1)
             scene = int(random.integers(len(self.sources[source])))
-            if self.sources[source].num_views(scene) >= shape.num_views:
+            if _has_views(self.sources[source], scene, shape.num_views):
                 return Pick(source, scene, ViewRequest(shape.num_views, shape.size, int(random.integers(2**31))))
         raise InputError(
             f"no scene with {shape.num_views} views",
@@ -136,3 +136,11 @@ class Sampler:
 
     def _generator(self, step: int, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step, *stream])
+
+
+def _has_views(source: SceneSource, scene: int, wanted: int) -> bool:
+    """Whether a scene has so many views; of one that cannot be read, loading it will tell."""
+    try:
+        return source.num_views(scene) >= wanted
+    except InputError:
+        return True

@@ -5,7 +5,6 @@ A checkpoint folder holds a model in our layout (model.safetensors, config.json:
 of each file. It is written under a hidden name, synced to disk, and renamed once.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from g2vlm.errors import CheckpointError, InputError, ResourceError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.staging import write_errors
 from g2vlm.weights import read_json
 from train.engine import Engine
 
@@ -75,21 +75,19 @@ class Checkpoints:
         """
         staging = self.folder / f".step-{step:08d}.partial"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            staging.mkdir()
-            fill(staging)
-            _seal(staging, step)
-            _discard(self.path(step))
-            staging.rename(self.path(step))
-            _sync(self.folder)
-            for old in self.steps()[: -self.keep]:
-                _discard(self.path(old))
-        except OSError as error:
+            with write_errors(self.path(step)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+                staging.mkdir()
+                fill(staging)
+                _seal(staging, step)
+                _discard(self.path(step))
+                staging.rename(self.path(step))
+                _sync(self.folder)
+                for old in self.steps()[: -self.keep]:
+                    _discard(self.path(old))
+        finally:
             shutil.rmtree(staging, ignore_errors=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ResourceError(f"disk full while writing {self.path(step)}", str(error), "free space") from None
-            raise InputError(f"cannot write {self.path(step)}", str(error), "choose another runtime.output") from None
 
     def _sweep(self) -> None:
         """Remove what interrupted writes and removals left."""

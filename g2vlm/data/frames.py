@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 ROTATION_WARN, ROTATION_FAIL = 1e-3, 1e-2  # largest entry of |R R' - I|; text files of real sets reach 4e-4
 UNIFORM_CHANCE, UNIFORM_MIN_VIEWS = 0.1, 16  # over the whole scene instead of a window (G2VLM data code)
 INVALID_CODE = 65535
+BadFrames = dict[tuple[int, int], InputError]
+"""(scene, index) -> why the frame cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ class FrameSource(ABC):
         if window < 1 or not 0 <= max_bad <= 1:
             raise InputError(f"cannot use  window={window}, max_bad={max_bad}", "", "window >= 1 and 0 <= max_bad <= 1")
         self.window, self.focal_jitter, self.max_bad = window, focal_jitter, max_bad
-        self._bad: dict[tuple[int, int], InputError] = {}
+        self.left_out: BadFrames = {}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -150,25 +152,41 @@ class FrameSource(ABC):
         return assemble([self.read_frame(scene, index) for index in indices], self.facts(scene), size, fit)
 
     def _read_or_skip(self, scene: int, index: int) -> Frame | None:
-        if (scene, index) in self._bad:
+        if (scene, index) in self.left_out:
             return None
         try:
             frame = self.read_frame(scene, index)
             crop_centre((frame.image.shape[0], frame.image.shape[1]), frame.intrinsics, frame.name)
             return frame
         except InputError as error:
-            self._bad[scene, index] = error
             log.warning("left out: %s (%s)", error.what, error.why)
-        self._check_quota()
+            self.leave_out({(scene, index): error})
         return None
 
+    def leave_out(self, frames: BadFrames) -> None:
+        """Take note of unreadable frames, such as those that another process found.
+
+        Raises:
+            TooManyBadFiles: more than `max_bad` of all frames are now known to be unreadable.
+        """
+        self.left_out.update(frames)
+        if frames:
+            self._check_quota()
+
+    def _known_views(self, scene: int) -> int:
+        """None of a scene whose metadata cannot be read."""
+        try:
+            return self.num_views(scene)
+        except InputError:
+            return 0
+
     def _check_quota(self) -> None:
-        total = sum(self.num_views(scene) for scene in range(len(self)))
-        if len(self._bad) > self.max_bad * total:
-            error = next(reversed(self._bad.values()))
+        total = sum(self._known_views(scene) for scene in range(len(self)))
+        if len(self.left_out) > self.max_bad * total:
+            error = next(reversed(self.left_out.values()))
             raise TooManyBadFiles(
                 f"too many unreadable frames in  {self.name}",
-                f"{len(self._bad)} of {total}, more than {self.max_bad:.1%}; the last: {error.what} ({error.why})",
+                f"{len(self.left_out)} of {total}, more than {self.max_bad:.1%}; the last: {error.what} ({error.why})",
                 "run g2vlm data check on it, or raise max_bad",
             )
 

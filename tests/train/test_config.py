@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from g2vlm.data.registry import build_source
+from g2vlm.data.rooms import RoomsSource, heldout_v1
 from g2vlm.errors import InputError
 from train.config import RunConfig, load_config, parse, save_config
 from train.loop import preset_with
@@ -24,6 +26,20 @@ def test_every_config_parses(file: Path, tmp_path: Path) -> None:
 
 def test_the_default_config_is_the_defaults() -> None:
     assert load_config(ROOT / "configs/tiny_stage1.yaml") == RunConfig() == parse([])[0]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_validation_is_like_the_heldout_set_and_apart_from_it(file: Path) -> None:
+    """Rooms sources of different seeds share no scene; rooms-heldout-v1 is of seed 0."""
+    validation = load_config(file).data.validation
+    if validation is None:
+        return
+    kept = heldout_v1.source()
+    source = build_source(validation.name, **validation.options)
+    assert (validation.options["split"], validation.options["cameras"]) == ("heldout", heldout_v1.CAMERAS)
+    names = {rooms.scene(0).name for rooms in (kept, source, RoomsSource(source.law))}
+    assert len(names) == 3
+    assert validation.options["seed"] != 0
 
 
 def test_paper_scale_values() -> None:
@@ -80,9 +96,23 @@ def test_wrong_values_are_one_clear_error(tmp_path: Path, text: str) -> None:
     assert "\n" not in caught.value.why
 
 
+def test_model_overrides_on_the_command_line() -> None:
+    config, _ = parse(["--model.preset", "tiny", "--model.decoder.num_layers", "2", "--model.heads.mlp_ratio", "2"])
+    assert config.model == {"preset": "tiny", "decoder": {"num_layers": 2}, "heads": {"mlp_ratio": 2}}
+    assert preset_with(dict(config.model)).heads.mlp_ratio == 2
+
+
 def test_model_overrides() -> None:
     config = preset_with({"preset": "tiny", "encoders": "single", "decoder": {"num_layers": 2}})
     assert (config.encoders, config.decoder.num_layers, config.decoder.hidden_size) == ("single", 2, 128)
-    for wrong in ({"encoder": "single"}, {"decoder": {"layers": 2}}, {"preset": "huge"}, {"decodr": {"num_layers": 2}}):
+    for wrong in (
+        {"encoder": "single"},
+        {"decoder": {"layers": 2}},
+        {"preset": "huge"},
+        {"decodr": {"num_layers": 2}},
+        {"decoder": {"num_layers": "two"}},
+        {"decoder": {"num_layers": 2.5}},
+        {"heads": {"confidence": 1}},
+    ):
         with pytest.raises(InputError):
             preset_with(wrong)

@@ -1,7 +1,9 @@
 """Two gloo processes against one: the joined batch's loss and gradients, and agreement about bad batches."""
 
+import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,27 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
+from g2vlm.errors import G2VLMError, TrainingAborted
+from g2vlm.weights import read_json
 from tests.train.runs import mini_batch, mini_trainer, train_on
+from tests.train.scenes import BoxRooms
+from tests.train.worker import mini_run
 from train import engine as engines
-from train.config import GeometryConfig
+from train import loop
+from train.config import GeometryConfig, GuardConfig
 from train.objectives.geometry import GeometryObjective
 from train.optim import set_learning_rate
-from train.state import Checkpoints, load_state, model_state, optimizer_state, save_state, verify
+from train.state import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Checkpoints,
+    load_state,
+    model_state,
+    optimizer_state,
+    save_state,
+    verify,
+)
 
 WORLD = 2
 STEPS = 2
@@ -86,13 +103,60 @@ def saved_and_resumed(engine: Any, trainer: Any, model: Any, folder: Path) -> li
     return [train_on(*pair, steps)[1].loss for pair in ((other, twin), (trainer, model))]
 
 
+POISON = {2: ("loss", 1), 4: ("gradient", 0), 6: ("sample", 1), 8: ("loss", 0), 9: ("gradient", 1), 10: ("sample", 0)}
+"""Step -> what is not a number in it, and on which rank."""
+
+
+class PoisonedRun(GeometryObjective):
+    """The geometry loss of a run, with POISON."""
+
+    def __init__(self, rank: int):
+        super().__init__(GeometryConfig())
+        object.__setattr__(self, "rank", rank)
+        object.__setattr__(self, "step", 0)
+
+    def __call__(self, output: Any, batch: Any) -> Any:
+        object.__setattr__(self, "step", self.step + 1)
+        kind, rank = POISON.get(self.step, ("", -1))
+        if rank != self.rank:
+            return super().__call__(output, batch)
+        if kind == "sample":
+            batch.depth[0, 0, 3, 3] = torch.nan
+        if kind == "gradient":
+            output.geometry[0].local_points.register_hook(lambda gradient: gradient * torch.nan)
+        report = super().__call__(output, batch)
+        if kind == "loss":
+            report["points"] = replace(report["points"], value=report["points"].value * torch.nan)
+        return report
+
+
+def poisoned_run(rank: int, folder: Path) -> dict[str, Any]:
+    """How a run with POISON ends on a rank; it saves before the last three steps, and when it stops."""
+    config = mini_run(20, checkpoint_every=7, validate_every=0, keep=9)
+    config = replace(
+        config,
+        data=replace(config.data, scenes_multiple_of=WORLD),
+        guards=GuardConfig(spike=1000, max_dropped_in_a_row=2),
+    )
+    loop.build_objectives = lambda config: [PoisonedRun(rank)]
+    with engines.engine("ddp", "cpu") as engine:
+        try:
+            loop.train(config, engine, folder, BoxRooms())
+        except G2VLMError as error:
+            return {"code": error.code, "told": str(error)}
+    return {"code": 0, "told": ""}
+
+
 def process(rank: int, ports: dict[str, int], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     for name, port in ports.items():
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         (folder / name).mkdir(exist_ok=True)
-        train_with(name, rank, folder / name)
+        if name == "guard":
+            torch.save(poisoned_run(rank, folder / name / "run"), folder / name / f"{rank}.pt")
+        else:
+            train_with(name, rank, folder / name)
 
 
 def train_with(name: str, rank: int, folder: Path) -> None:
@@ -114,14 +178,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Engine -> what each rank reports, from two processes that try the engines one after the other."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave that try the engines, and a run that is stopped, one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    spawned: Any = mp.spawn(process, ({name: free_port() for name in ENGINES}, folder), nprocs=WORLD, join=False)
+    ports = {name: free_port() for name in (*ENGINES, "guard")}
+    spawned: Any = mp.spawn(process, (ports, folder), nprocs=WORLD, join=False)
     while not spawned.join(timeout=60):
         pass
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each rank reports, for every engine and for the stopped run."""
     return {
-        name: [torch.load(folder / name / f"{rank}.pt", weights_only=True) for rank in range(WORLD)] for name in ENGINES
+        name: [torch.load(folder / name / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+        for name in (*ENGINES, "guard")
     }
 
 
@@ -142,6 +214,22 @@ def test_two_ranks_are_one(name: str, reports: dict[str, list[dict[str, Any]]]) 
     assert joined[0]["loss"] == joined[1]["loss"]
     for key in joined[0]["weights"]:
         assert torch.equal(joined[0]["weights"][key], joined[1]["weights"][key]), key
+
+
+def test_bad_numbers_are_skipped_on_all_ranks_and_end_the_run(folder: Path, reports: dict[str, Any]) -> None:
+    """In a loss, a gradient or a sample, of either rank."""
+    for report in reports["guard"]:
+        assert report["code"] == TrainingAborted.code == 6
+        assert "training stopped at step 10: 6 of the last 10 steps were dropped, 3 in a row" in report["told"]
+    log = [json.loads(line) for line in (folder / "guard/run/log.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["dropped"] for line in log} == {
+        step: "nonfinite" if step in POISON else None for step in range(1, 11)
+    }
+    checkpoints = Checkpoints(folder / "guard/run/checkpoints")
+    assert checkpoints.newest() == (10, {})
+    assert read_json(checkpoints.path(10) / STATE)["guard"]["dropped"] == 6
+    for name in (MODEL, OPTIMIZER):  # the last three steps changed nothing
+        assert (checkpoints.path(10) / name).read_bytes() == (checkpoints.path(7) / name).read_bytes(), name
 
 
 def test_sharded_checkpoints_fit_one_process(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
+import errno
 import json
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -9,8 +11,8 @@ import pytest
 
 from tests.train.scenes import BoxRooms
 from tests.train.worker import mini_run
-from train import run
-from train.config import SourceConfig, load_config, save_config
+from train import run, state
+from train.config import load_config, save_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +82,37 @@ def test_mistakes_are_one_clear_error(
     assert "Traceback" not in text
 
 
+def test_unwritable_outputs_are_one_clear_error(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert run.main(["--config", str(config), "--runtime.output", str(tmp_path / "file/run")]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: cannot write ")
+    assert text.count("error:") == 1
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 4), (errno.EROFS, 2)])
+def test_a_disk_that_fails_during_the_run(
+    config: Path, number: int, code: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second checkpoint cannot be written; the first stays."""
+    save, calls = state.save_file, []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(number, os.strerror(number))
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(state, "save_file", fail)
+    assert run.main(["--config", str(config), "--runtime.checkpoint_every", "1"]) == code
+    text = capsys.readouterr().err
+    assert text.count("error:") == 1
+    assert "step-00000002" in text
+    assert "Traceback" not in text
+    assert state.Checkpoints(Path("runs/mini/checkpoints")).newest() == (1, {})
+
+
 def test_tensorboard_is_optional(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     writer = type("Writer", (), {"add_scalar": lambda self, *values: drawn.append(values)})
@@ -90,11 +123,6 @@ def test_tensorboard_is_optional(config: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {("train/loss", 1), ("train/loss", 2), ("validation/points", 2)} <= {(name, step) for name, _, step in drawn}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     assert run.main(["--config", str(config), "--runtime.tensorboard", "true"]) == 3
-
-
-def test_a_missing_data_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="absent"):
-        run.open_source(SourceConfig("seven_scenes", str(tmp_path / "absent")))
 
 
 def test_the_script_finds_its_way(tmp_path: Path) -> None:

@@ -1,20 +1,20 @@
+import errno
 import json
 import logging
 import os
 import random
+import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import g2vlm
 from g2vlm.errors import CheckpointError, InputError, ResourceError, Stopped, TrainingAborted
+from tests.train import worker
 from tests.train.worker import mini_run, run
 from train import state
 from train.config import GuardConfig
@@ -72,54 +72,123 @@ def test_workers_do_not_change_a_run(finished: Path, tmp_path: Path) -> None:
     equal_runs(finished, tmp_path / "run")
 
 
-def cut(file: Path, other: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+@pytest.fixture(scope="module")
+def another(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of step 6 of a run of another seed and another attention."""
+    folder = tmp_path_factory.mktemp("another") / "run"
+    config = mini_run(6, seed=1, keep=1, validate_every=0)
+    run(replace(config, model={**config.model, "geometry_attention": "frame"}), folder)
+    return folder / "checkpoints/step-00000006"
 
 
-def empty(file: Path, other: Path) -> None:
-    file.write_bytes(b"")
+def cut(content: bytes, length: int) -> bytes:
+    """Torn: the end is missing."""
+    return content[:length]
 
 
-def flip_bit(file: Path, other: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[random.Random(len(content)).randrange(len(content))] ^= 4
+def flip(content: bytes, place: int) -> bytes:
+    """One bit is wrong."""
+    changed = bytearray(content)
+    changed[place] ^= 4
+    return bytes(changed)
+
+
+def blank(content: bytes, place: int) -> bytes:
+    """A lost block: zeros where data were promised, the size as it was."""
+    return content[:place] + bytes(len(content[place : place + 40])) + content[place + 40 :]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut after a byte": lambda content: cut(content, 1),
+    "cut in the header": lambda content: cut(content, 50),
+    "cut in half": lambda content: cut(content, len(content) // 2),
+    "cut before the last byte": lambda content: cut(content, -1),
+    "longer": lambda content: content + b" ",
+    "first bit": lambda content: flip(content, 0),
+    "bit in the header": lambda content: flip(content, 20),
+    "bit in the middle": lambda content: flip(content, len(content) // 2),
+    "last bit": lambda content: flip(content, -1),
+    "blank start": lambda content: blank(content, 0),
+    "blank middle": lambda content: blank(content, len(content) // 2),
+    "blank end": lambda content: blank(content, len(content) - 40),
+}
+
+
+@pytest.fixture
+def two_checkpoints(finished: Path, tmp_path: Path) -> Checkpoints:
+    """Those of steps 4 and 6, to be damaged."""
+    checkpoints = Checkpoints(tmp_path)
+    for step in (4, 6):
+        shutil.copytree(finished / f"checkpoints/step-{step:08d}", checkpoints.path(step), copy_function=os.link)
+    return checkpoints
+
+
+def put(file: Path, content: bytes) -> None:
+    """Replace a file; the one that it is linked to stays as it is."""
+    file.unlink()
     file.write_bytes(content)
 
 
-def grow(file: Path, other: Path) -> None:
-    file.write_bytes(file.read_bytes() + b" ")
-
-
-def zero_end(file: Path, other: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[:-40] + bytes(40))
-
-
-def remove(file: Path, other: Path) -> None:
-    file.unlink()
-
-
-def swap(file: Path, other: Path) -> None:
-    shutil.copy(other / file.name, file)
-
-
-@pytest.mark.parametrize("damage", [cut, empty, flip_bit, grow, zero_end, remove, swap])
-@pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_damaged_checkpoints_are_refused(finished: Path, tmp_path: Path, name: str, damage) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    for step in (4, 6):
-        shutil.copytree(finished / f"checkpoints/step-{step:08d}", checkpoints.path(step))
-    file = checkpoints.path(6) / name
-    before = file.read_bytes()
-    damage(file, checkpoints.path(4))
+def assert_refused(checkpoints: Checkpoints, name: str) -> None:
+    """The file is named and the previous checkpoint is used."""
     newest, refused = checkpoints.newest()
-    if file.exists() and file.read_bytes() == before:
-        assert newest == 6  # the config is the same in both
-        return
     assert newest == 4
-    assert name in refused[6]
+    assert refused[6].startswith(f"refused {checkpoints.path(6)}: {name} ")
     with pytest.raises(CheckpointError, match=name):
         verify(checkpoints.path(6))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_damaged_files_are_refused(two_checkpoints: Checkpoints, name: str, damage: str) -> None:
+    file = two_checkpoints.path(6) / name
+    put(file, DAMAGES[damage](file.read_bytes()))
+    assert_refused(two_checkpoints, name)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_missing_files_are_refused(two_checkpoints: Checkpoints, name: str) -> None:
+    (two_checkpoints.path(6) / name).unlink()
+    assert_refused(two_checkpoints, name)
+    (two_checkpoints.path(6) / name).mkdir()
+    assert_refused(two_checkpoints, name)
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, MANIFEST])  # the config is the same at all steps
+def test_files_of_another_step_are_refused(two_checkpoints: Checkpoints, name: str) -> None:
+    put(two_checkpoints.path(6) / name, (two_checkpoints.path(4) / name).read_bytes())
+    assert_refused(two_checkpoints, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_another_run_are_refused(two_checkpoints: Checkpoints, another: Path, name: str) -> None:
+    put(two_checkpoints.path(6) / name, (another / name).read_bytes())
+    assert_refused(two_checkpoints, name)
+
+
+def test_the_manifest_of_another_run_is_refused(two_checkpoints: Checkpoints, another: Path) -> None:
+    put(two_checkpoints.path(6) / MANIFEST, (another / MANIFEST).read_bytes())
+    assert_refused(two_checkpoints, "config.json")  # the first file that it does not fit
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda manifest: manifest["files"].pop(OPTIMIZER),
+        lambda manifest: manifest["files"].update({"../x": manifest["files"][STATE]}),
+        lambda manifest: manifest.update(step=4),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.pop("files"),
+    ],
+    ids=["file left out", "file added", "another step", "no files", "no list"],
+)
+def test_edited_manifests_are_refused(two_checkpoints: Checkpoints, forge) -> None:
+    file = two_checkpoints.path(6) / MANIFEST
+    manifest = json.loads(file.read_text())
+    forge(manifest)
+    put(file, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+    assert_refused(two_checkpoints, MANIFEST)
 
 
 def test_swapped_folders_are_refused(finished: Path, tmp_path: Path) -> None:
@@ -135,7 +204,8 @@ def test_resume_passes_over_a_damaged_checkpoint(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    cut(tmp_path / "run/checkpoints/step-00000006" / OPTIMIZER, tmp_path)
+    file = tmp_path / "run/checkpoints/step-00000006" / OPTIMIZER
+    file.write_bytes(cut(file.read_bytes(), -1))
     run(mini_run(keep=3, resume="auto"), tmp_path / "run")
     assert f"step-00000006: {OPTIMIZER} has" in caplog.text
     assert (tmp_path / "run/checkpoints/refused-step-00000006").is_dir()
@@ -143,11 +213,13 @@ def test_resume_passes_over_a_damaged_checkpoint(
 
 
 def test_another_model_or_other_groups_are_refused(finished: Path, tmp_path: Path) -> None:
+    """Even when runtime.changes lets them through."""
     shutil.copytree(finished, tmp_path / "run")
+    config = mini_run(resume="auto", changes=("model", "trainable"))
     with pytest.raises(CheckpointError, match="another model"):
-        run(replace(mini_run(resume="auto"), model="tiny"), tmp_path / "run")
+        run(replace(config, model="tiny"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="it trained"):
-        run(replace(mini_run(resume="auto"), trainable={"geometry_heads": 1.0}), tmp_path / "run")
+        run(replace(config, trainable={"geometry_heads": 1.0}), tmp_path / "run")
 
 
 def test_only_the_newest_are_kept(finished: Path, tmp_path: Path) -> None:
@@ -157,22 +229,60 @@ def test_only_the_newest_are_kept(finished: Path, tmp_path: Path) -> None:
     assert checkpoints.steps() == [3, 12]
 
 
-@pytest.mark.parametrize(("number", "error"), [(28, ResourceError), (30, InputError)])  # ENOSPC, EROFS
-def test_failed_writes_leave_the_last_checkpoint(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def at_step_4(finished: Path, folder: Path) -> None:
+    """Make the folder of a run that goes on from its fourth step."""
+    shutil.copytree(finished, folder, copy_function=os.link)
     shutil.rmtree(folder / "checkpoints/step-00000006")
+    for name in ("log.jsonl", "speed.jsonl"):
+        put(folder / name, (finished / name).read_bytes())
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, ResourceError), (errno.EROFS, InputError)])
+@pytest.mark.parametrize("place", ["save_file", "_sync", "_seal", "_discard"])
+def test_failed_saves_leave_the_last_checkpoint(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int, error: type[Exception]
+) -> None:
+    at_step_4(finished, tmp_path / "run")
 
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
+    monkeypatch.setattr(state, place, fail)
+    with pytest.raises(error, match="step-00000006"):
+        run(mini_run(keep=1, resume="auto"), tmp_path / "run")
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path / "run/checkpoints").newest() == (4, {})
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+
+
+def test_safetensors_meets_a_full_disk(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writer tells errors of the system in a class of its own; a limit on file sizes makes a real one."""
+    at_step_4(finished, tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*step-00000006"):
+            run(mini_run(keep=3, resume="auto"), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def fail(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
     monkeypatch.setattr(state, "save_file", fail)
-    with pytest.raises(error):
-        run(mini_run(keep=3, resume="auto"), folder)
-    assert Checkpoints(folder / "checkpoints").newest() == (4, {})
-    assert not list((folder / "checkpoints").glob(".*"))
+    with pytest.raises(ResourceError, match=r"disk full while writing .*step-00000006"):
+        run(mini_run(keep=3, resume="auto"), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run/checkpoints").newest() == (4, {})
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "speed.jsonl"])
+def test_a_log_on_a_full_disk(finished: Path, tmp_path: Path, name: str) -> None:
+    at_step_4(finished, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=f"disk full while writing .*{name}"):
+        run(mini_run(keep=3, resume="auto"), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run/checkpoints").newest() == (4, {})
 
 
 def test_abort_saves_the_state(tmp_path: Path) -> None:
@@ -190,49 +300,58 @@ def test_unreadable_scenes_end_the_run_above_the_quota(tmp_path: Path, caplog: p
     assert entry["scene"] in ("box_rooms/1", "box_rooms/2")
 
 
-def start_worker(folder: Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.train.worker", str(folder), str(steps)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-
-
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen) -> None:
-    log = folder / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= steps):
-        time.sleep(0.002)
-
-
-def test_sigterm_saves_and_exits_75(finished: Path, tmp_path: Path) -> None:
-    process = start_worker(tmp_path / "run", 1000)
-    wait_for_steps(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == Stopped.code == 75, text
+def test_sigterm_saves_and_exits_75(tmp_path: Path) -> None:
+    process = worker.start(tmp_path / "run", 1000)
+    worker.wait_for_steps(tmp_path / "run", process, 3)
+    process.terminate()
+    process.join()
+    text = worker.told(tmp_path / "run")
+    assert process.exitcode == Stopped.code == 75, text
     newest, refused = Checkpoints(tmp_path / "run/checkpoints").newest()
     assert newest is not None
     assert f"stopped after step {newest}" in text
     assert not refused
 
 
-def kill_and_finish(finished: Path, folder: Path, kills: int, seed: int) -> None:
-    """Kill a run at random moments, resume it each time, and compare it with the undisturbed one."""
+LONG = 24
+SAVE_OPERATIONS = 16  # files opened, folders made and renamed while one checkpoint is written
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to compare killed ones with."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(mini_run(LONG, keep=1), folder)
+    return folder
+
+
+def kill_and_finish(undisturbed: Path, folder: Path, seed: int) -> None:
+    """Kill a run at five random moments, twice in the second save after it went on; resume it each time; compare."""
     moments = random.Random(seed)
-    for _ in range(kills):
-        process = start_worker(folder, 6)
-        wait_for_steps(folder, moments.randrange(1, 6), process)
-        time.sleep(moments.random() * 0.1)
-        process.kill()
-        process.communicate(timeout=60)
-    process = start_worker(folder, 6)
-    _, text = process.communicate(timeout=120)
-    assert process.returncode == 0, text
-    equal_runs(finished, folder)
+    for kill in range(5):
+        if kill % 2:
+            worker.kill_while_saving(folder, LONG, SAVE_OPERATIONS + moments.randint(1, SAVE_OPERATIONS))
+        else:
+            worker.kill_at_random(folder, LONG, moments)
+    worker.finish(folder, LONG)
+    assert worker.told(folder).count("going on from") == 5
+    equal_runs(undisturbed, folder, LONG)
 
 
-def test_sigkill(finished: Path, tmp_path: Path) -> None:
-    kill_and_finish(finished, tmp_path / "run", kills=1, seed=1)
+def test_five_sigkills(undisturbed: Path, tmp_path: Path) -> None:
+    kill_and_finish(undisturbed, tmp_path / "run", seed=0)
 
 
 @pytest.mark.slow
-def test_sigkill_many_times(finished: Path, tmp_path: Path) -> None:
-    for seed in range(5):
-        kill_and_finish(finished, tmp_path / f"run-{seed}", kills=5, seed=seed)
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_25_sigkills(undisturbed: Path, tmp_path: Path, seed: int) -> None:
+    kill_and_finish(undisturbed, tmp_path / "run", seed)
+
+
+@pytest.mark.slow
+def test_sigkill_before_every_file_operation_of_a_save(finished: Path, tmp_path: Path) -> None:
+    for operation in range(1, SAVE_OPERATIONS + 1):
+        folder = tmp_path / f"run-{operation}"
+        worker.kill_while_saving(folder, 6, operation)
+        worker.finish(folder, 6)
+        equal_runs(finished, folder)
