@@ -80,9 +80,7 @@ def carry_out(output: Path, name: str, seed: int, options: Sequence[str], limit:
     for command in (training, scoring):
         print(f"{name}, seed {seed}: {' '.join(command)}", file=sys.stderr, flush=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env=one_thread(), stdout=log, stderr=log, check=True
-            )
+            subprocess.run([sys.executable, *command], cwd=ROOT, env=one_thread(), stdout=log, stderr=log, check=True)
 
 
 def one_thread() -> dict[str, str]:
