@@ -5,6 +5,7 @@ the unreadable frames that they find are counted there together.
 """
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -138,7 +139,8 @@ _collector = _Collector()
 
 
 def _collect_messages(worker: int) -> None:
-    """In a worker: log into the collector alone."""
+    """In a worker: log into the collector alone, and leave it to the run what a SIGTERM for all its processes means."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.getLogger().handlers = [_collector]
 
 
