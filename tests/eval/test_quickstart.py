@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from eval.baselines import CONSTANT, CONSTANT_PARTS, IDENTITY, UNTRAINED, System, constant_depth, identity_pose
@@ -14,7 +15,8 @@ from eval.protocols import PROTOCOLS
 from eval.quickstart import main
 from eval.report import results, write
 from tests.eval.samples import perfect, room_items
-from train.config import RunConfig, plain
+from train.config import RunConfig
+from train.engine import Engine
 from train.log import RunLog, write_run
 
 ROOMS = PROTOCOLS["rooms-heldout-v1"]
@@ -37,7 +39,7 @@ def folder(tmp_path: Path, record: dict) -> Path:
     """What train/ and eval/recon.py leave: two training steps, two validations, two pictured rooms."""
     stage1 = tmp_path / "stage1"
     (stage1 / "validation").mkdir(parents=True)
-    write_run(stage1, plain(RunConfig()), ["python", "-m", "train.run", "--optim.lr", "1e-4"], "cpu", 1)
+    write_run(stage1, RunConfig(), ["python", "-m", "train.run", "--optim.lr", "1e-4"], Engine(torch.device("cpu")))
     log = RunLog(stage1)
     for step, scenes in ((1, 3), (2, 4)):
         log.step(step, {"loss": 3.0 / step, "scenes": scenes, "views": 12 // scenes})
