@@ -40,7 +40,8 @@ class DecoderConfig:
     geometric_layer_scale: float = 0.01
     """Initial value of the geometric expert's residual scales."""
     initializer_range: float = 0.02
-    geometric_init: Literal["random", "copy_semantic"] = "random"
+    geometric_init: Literal["random", "copy_semantic", "matching"] = "random"
+    """How the geometric expert starts. `matching`: random, but looking for tokens that are alike (docs/adr/0005)."""
     residual_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the residual stream when the weights are bfloat16; float32 weights always keep float32."""
 

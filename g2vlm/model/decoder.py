@@ -15,6 +15,9 @@ from g2vlm.model.experts import Expert
 from g2vlm.model.layers import RMSNorm
 from g2vlm.model.rope import mrope_table
 
+MATCHING_GAIN = 3.0
+"""Of the first queries of `geometric_init: matching`; 1 leaves attention too even to find anything (docs/adr/0005)."""
+
 
 class MoTLayer(nn.Module):
     """One decoder layer: each expert projects its tokens, all tokens attend together, each updates its stream."""
@@ -48,6 +51,12 @@ class MoTDecoder(nn.Module):
         self.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.num_layers))
         self.geometric_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.semantic_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def look_for_alike(self) -> None:
+        """Let the geometric expert start by finding tokens that are alike, within a view and across views."""
+        for layer in self.layers:
+            assert isinstance(layer, MoTLayer)
+            layer.geometric.attention.look_for_alike(MATCHING_GAIN)
 
     @torch.no_grad()
     def copy_semantic_to_geometric(self) -> None:

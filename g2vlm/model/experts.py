@@ -3,6 +3,7 @@
 Shapes: T tokens of this expert, D width, N query heads, M key/value heads, K head width.
 """
 
+import torch
 from torch import Tensor, nn
 
 from g2vlm.config import DecoderConfig
@@ -30,6 +31,15 @@ class ExpertAttention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin), v
+
+
+    @torch.no_grad()
+    def look_for_alike(self, gain: float) -> None:
+        """Start with queries that are the keys' projection times a gain, so that a token attends to those like it."""
+        keys = self.k_proj.weight.unflatten(0, (-1, self.head_dim))  # (M, K, D)
+        per_key = self.q_proj.out_features // self.k_proj.out_features
+        self.q_proj.weight.copy_(keys.repeat_interleave(per_key, dim=0).flatten(0, 1))
+        (self.q_norm if isinstance(self.q_norm, RMSNorm) else self.q_proj).weight.mul_(gain)
 
 
 class Expert(nn.Module):

@@ -58,6 +58,8 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         self.lm_head = nn.Linear(dim, config.decoder.vocab_size, bias=False)
         self.heads = GeometryHeads(config)
         self.post_init()
+        if config.decoder.geometric_init == "matching":
+            self.decoder.look_for_alike()
 
     @classmethod
     def tensor_specs(cls, config: G2VLMConfig) -> dict[str, TensorSpec]:

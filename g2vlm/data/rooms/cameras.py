@@ -25,6 +25,7 @@ STARE = 0.7  # least metres to what the middle of the image shows
 OPEN = 1.2  # least median metres over the image
 ARC = (math.radians(80), math.radians(130))  # of four or more wide views; fewer share a smaller one
 NEAR_ARC = (math.radians(10), math.radians(60))
+PAN_ARC = (math.radians(12), math.radians(92))
 TRIES = 40  # per view before the excerpt starts anew
 PROBES = np.array([(x, y, 1.0) for y in (-0.4, 0.0, 0.4) for x in (-0.5, 0.0, 0.5)])  # rays of the view test
 MIDDLE = 4  # of the probes
@@ -194,6 +195,26 @@ def smooth(scene: Scene, num_views: int, draws: Draws) -> Cameras:
     raise AssertionError("unreachable: the draws go on")
 
 
+def pan(scene: Scene, num_views: int, draws: Draws) -> Cameras:
+    """Looking around from about one place."""
+    obstacles, field_of_view = Obstacles(scene), draws.uniform(*FIELD_OF_VIEW)
+    for spread in _relaxing(draws, *PAN_ARC):
+        stand, gaze = _place(obstacles.room, 0.7, draws, HEIGHTS), draws.uniform(0, 2 * math.pi)
+        pitch = draws.uniform(-0.3, 0.05)
+        poses = []
+        for stratum in draws.shuffled(range(num_views)):
+            centre = stand + np.array([draws.uniform(-0.1, 0.1) for _ in range(3)])
+            centre[2] = min(max(centre[2], HEIGHTS[0]), HEIGHTS[1])
+            yaw = gaze + spread * (stratum + draws.uniform()) / num_views
+            pose = look(centre, yaw, pitch + draws.uniform(-0.1, 0.1), draws.uniform(-0.08, 0.08))
+            if not (obstacles.free(centre) and sees(pose, field_of_view, obstacles)):
+                break
+            poses.append(pose)
+        if len(poses) == num_views:
+            return Cameras(np.stack(poses), field_of_view)
+    raise AssertionError("unreachable: the draws go on")
+
+
 def _step(centre: Array, heading: float, stride: float, obstacles: Obstacles, draws: Draws) -> tuple[Array, float]:
     """The next place of a walk, turning aside where the way is blocked; the same place when every way is."""
     for attempt in range(12):
@@ -230,9 +251,11 @@ def mixed(scene: Scene, num_views: int, draws: Draws) -> Cameras:
 
 
 def varied(scene: Scene, num_views: int, draws: Draws) -> Cameras:
-    """Wide baselines half of the time, near ones and walks otherwise: from easy to hard."""
-    return (wide if draws.chance(0.5) else near if draws.chance(0.6) else smooth)(scene, num_views, draws)
+    """From easy to hard: looking around from one place and wide baselines, a third each, short arcs and walks."""
+    share = draws.uniform()
+    law = wide if share < 0.35 else near if share < 0.55 else pan if share < 0.9 else smooth
+    return law(scene, num_views, draws)
 
 
 CameraLaw = Callable[[Scene, int, Draws], Cameras]
-CAMERA_LAWS: dict[str, CameraLaw] = {"wide": wide, "smooth": smooth, "mixed": mixed, "near": near, "varied": varied}
+CAMERA_LAWS: dict[str, CameraLaw] = {"wide": wide, "smooth": smooth, "mixed": mixed, "near": near, "pan": pan, "varied": varied}
