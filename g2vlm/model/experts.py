@@ -32,7 +32,6 @@ class ExpertAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin), v
 
-
     @torch.no_grad()
     def look_for_alike(self, gain: float) -> None:
         """Start with queries that are the keys' projection times a gain, so that a token attends to those like it."""

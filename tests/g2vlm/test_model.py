@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from g2vlm.checkpoint import load_model, save_model
 from g2vlm.config import DecoderConfig, G2VLMConfig, GeometryEncoderConfig, HeadsConfig, SemanticEncoderConfig
 from g2vlm.model.decoder import MoTDecoder, MoTLayer
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -220,6 +222,43 @@ def test_copying_the_semantic_expert() -> None:
     layer = decoder.layers[1]
     torch.testing.assert_close(layer.geometric.mlp.up_proj.weight, layer.semantic.mlp.up_proj.weight)
     torch.testing.assert_close(decoder.layers[0].geometric.mlp_scale.gamma, scale)
+
+
+def first_queries_and_keys(tokens: Tensor, expert: str, **changes) -> tuple[Tensor, Tensor]:
+    """Unrotated queries and keys (T, heads, K) of the second layer of a fresh model."""
+    model = G2VLMForConditionalGeneration(small_config(decoder=replace(DECODER, **changes)))
+    cos, sin = torch.ones(len(tokens), 8), torch.zeros(len(tokens), 8)
+    q, k, _ = getattr(model.decoder.layers[1], expert).project(tokens, cos, sin)
+    return q, k.repeat_interleave(2, dim=1)
+
+
+def test_matching_starts_by_attending_to_the_most_alike() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(9, 32).repeat(2, 1)  # every token is there twice
+
+    def most_attended(expert: str, init: str) -> Tensor:
+        q, k = first_queries_and_keys(tokens, expert, geometric_init=init)
+        return torch.einsum("qhd,khd->hqk", q, k).argmax(-1) % 9
+
+    same = (torch.arange(18) % 9).expand(4, 18)
+    assert torch.equal(most_attended("geometric", "matching"), same)
+    assert not torch.equal(most_attended("geometric", "random"), same)
+    assert not torch.equal(most_attended("semantic", "matching"), same)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_matching_sharpens_attention(qk_norm: bool) -> None:
+    tokens = torch.randn(9, 32)
+    q, k = first_queries_and_keys(tokens, "geometric", geometric_init="matching", geometric_qk_norm=qk_norm)
+    torch.testing.assert_close(q, 3 * k)
+
+
+def test_loading_keeps_what_matching_has_become(tmp_path: Path) -> None:
+    model = G2VLMForConditionalGeneration(small_config(decoder=replace(DECODER, geometric_init="matching")))
+    randomise(model)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_single_encoder_reconstructs() -> None:

@@ -258,4 +258,4 @@ def varied(scene: Scene, num_views: int, draws: Draws) -> Cameras:
 
 
 CameraLaw = Callable[[Scene, int, Draws], Cameras]
-CAMERA_LAWS: dict[str, CameraLaw] = {"wide": wide, "smooth": smooth, "mixed": mixed, "near": near, "pan": pan, "varied": varied}
+CAMERA_LAWS: dict[str, CameraLaw] = {law.__name__: law for law in (wide, smooth, near, pan, mixed, varied)}

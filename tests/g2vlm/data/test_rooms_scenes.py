@@ -103,7 +103,7 @@ def test_the_polygon_of_an_l_shaped_room() -> None:
 
 
 @pytest.mark.parametrize("law", sorted(LAWS))
-@pytest.mark.parametrize("cameras", ["wide", "near", "smooth"])
+@pytest.mark.parametrize("cameras", ["wide", "near", "pan", "smooth"])
 def test_cameras_are_in_free_space_at_human_heights(law: str, cameras: str) -> None:
     for seed in range(12):
         scene = build_scene(LAWS[law], seed)
