@@ -155,7 +155,7 @@ class RuntimeConfig:
         tensorboard: also write TensorBoard events (extra `log`).
     """
 
-    steps: int = 1500
+    steps: int = 2200
     seed: int = 0
     output: str | None = None
     resume: Literal["auto"] | None = None
