@@ -32,7 +32,7 @@ CONFIGS = {
 COLOURS = ((38, 84, 160), (46, 140, 80), (222, 110, 40), (130, 70, 160))
 METRICS = {
     "AbsRel": ("abs_rel", "{:.4f}"),
-    "delta < 1.25, %": ("delta_1.25", "{:.1f}"),
+    "delta < 1.25": ("delta_1", "{:.3f}"),
     "rotation, median deg": ("rotation_median_deg", "{:.1f}"),
     "RRA @ 15 deg, %": ("rra_15", "{:.1f}"),
     "AUC @ 30 deg, %": ("auc_30", "{:.1f}"),
