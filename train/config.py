@@ -155,7 +155,7 @@ class RuntimeConfig:
         tensorboard: also write TensorBoard events (extra `log`).
     """
 
-    steps: int = 2200
+    steps: int = 1700
     seed: int = 0
     output: str | None = None
     resume: Literal["auto"] | None = None
