@@ -25,10 +25,10 @@ from g2vlm.data.canonical import CanonicalSource
 from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
 from g2vlm.errors import CheckFailed, InputError
-from g2vlm.export import file_errors
 from g2vlm.images import PATCH
 from g2vlm.pipeline import Pipeline, load
 from g2vlm.provenance import commit_of, describe_checkpoint
+from g2vlm.staging import write_errors
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
@@ -65,7 +65,7 @@ def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[
     if protocol.width not in (None, own_width):
         log.info("views are %d pixels wide; the model's own width is %d (--width)", protocol.width, own_width)
     provenance = provenance_of(pipeline)
-    with file_errors(output):
+    with write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         keep = keeper(output, protocol, pipeline.name, args.save_predictions)
         evaluation = score_model(items, pipeline, protocol, keep)
@@ -84,7 +84,7 @@ def reconstruct_photos(args: Namespace, protocol: Protocol, output: Path) -> dic
     folders = photo_folders(require_folder(args.dataset, args.data))[: args.limit]
     pipeline = load_named(args.model, args.device, args.dtype)
     provenance = provenance_of(pipeline)
-    with file_errors(output):
+    with write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         done, skipped = reconstruct_folders(folders, pipeline, protocol, output)
         record = outputs_only(protocol, done, skipped, pipeline.name, provenance)

@@ -3,12 +3,10 @@
 S views, H, W pixels at model size, N points.
 """
 
-import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import save as to_safetensors
 
-from g2vlm.errors import CheckFailed, InputError, ResourceError
+from g2vlm.errors import CheckFailed, InputError
 from g2vlm.preview import preview
+from g2vlm.staging import write_errors
 from geometry import io
 from geometry.io.common import atomic_file
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from g2vlm.scene import Scene
 
 SINGLE_FILES = {".ply": "ply", ".glb": "glb", ".png": "preview"}
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def export(
     """
     target = Path(target)
     content = _Content(scene, points)
-    with file_errors(target):
+    with write_errors(target):
         if target.suffix.lower() in SINGLE_FILES and not target.is_dir():
             return _write_file(content, target, formats, overwrite)
         return _write_folder(content, target, _known(formats), overwrite)
@@ -145,18 +143,6 @@ def _known(formats: Sequence[str] | None) -> list[str]:
     if unknown := [name for name in names if name not in FORMATS]:
         raise InputError(f"unknown format {', '.join(unknown)}", "", f"formats are {', '.join(FORMATS)}")
     return list(dict.fromkeys(names))
-
-
-@contextmanager
-def file_errors(target: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or str(error)
-        if error.errno in DISK_FULL:
-            raise ResourceError(f"cannot write  {target}", why, "free some space, or write less") from error
-        raise InputError(f"cannot write  {target}", why, "choose a folder that can be written") from error
 
 
 # ---------------------------------------------------------------------------------------------- content

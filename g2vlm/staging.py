@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from g2vlm.errors import InputError, ResourceError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 REPLACEABLE = (".safetensors", ".json", ".txt", ".jinja", ".md")
 """What a checkpoint folder holds; a folder with anything else is never replaced."""
 
@@ -53,9 +54,10 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if _error_number(error) in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"disk full while writing {path}", str(error), "free some space") from None
-        raise InputError(f"cannot write {path}", str(error), "choose another folder") from error
+        why = getattr(error, "strerror", None) or str(error)
+        if _error_number(error) in DISK_FULL:
+            raise ResourceError(f"disk full while writing {path}", why, "free some space") from None
+        raise InputError(f"cannot write {path}", why, "choose another folder") from error
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:
