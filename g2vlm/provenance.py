@@ -1,12 +1,11 @@
 """Where a number comes from: the commit of a checkout, and the exact weights of a model."""
 
-import hashlib
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
-from g2vlm.weights import weight_files
+from g2vlm.weights import sha256, weight_files
 
 
 def commit_of(root: Path) -> dict[str, Any] | None:
@@ -30,12 +29,7 @@ def describe_checkpoint(model: G2VLMForConditionalGeneration, name: str) -> dict
     files = weight_files(source) if source and Path(source).is_dir() else []
     return {
         "name": name,
-        "files": {file.name: _sha256(file) for file in files},
+        "files": {file.name: sha256(file) for file in files},
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model.config.to_diff_dict(),
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 Only safetensors is ever opened: a header of JSON and raw numbers, nothing that can run.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -84,6 +85,12 @@ class WeightFiles:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
         return self._open[file].get_tensor(name)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, as `sha256sum` prints it."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def weight_files(path: str | Path) -> list[Path]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from g2vlm.errors import CheckpointError, InputError, ResourceError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import write_errors
-from g2vlm.weights import read_json
+from g2vlm.weights import read_json, sha256
 from train.engine import Engine
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -100,7 +100,7 @@ def _seal(folder: Path, step: int) -> None:
     files = sorted(folder.iterdir())
     for file in files:
         _sync(file)
-    entries = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in files}
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     (folder / MANIFEST).write_text(_manifest(step, entries), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -126,11 +126,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _json(values: Mapping[str, Any]) -> str:
@@ -162,7 +157,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"refused {folder}", f"{name} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"refused {folder}", f"{name} has {file.stat().st_size} bytes, not {size}")
-        if _digest(file) != digest:
+        if sha256(file) != digest:
             raise CheckpointError(f"refused {folder}", f"{name} is damaged: its SHA-256 differs")
 
 
