@@ -23,6 +23,7 @@ from geometry.alignment import align_points_scale, sample_valid
 from geometry.pointmaps import depth_edges, normals_from_points
 from geometry.transforms import apply_rigid, invert_rigid, length, relative_cam, small_matmul
 from geometry.types import GeometryPrediction, TensorFields, expect_bool, expect_shape, expect_trailing
+from geometry.vectors import Vectors, angle_between, coordinates, cross
 
 ALIGNMENT_SAMPLES = 4096  # valid pixels per sample that the scale is fitted to
 EDGE_RTOL = 0.03  # depth step that excludes a pixel from normal terms
@@ -37,7 +38,6 @@ TERM_COUNTS = {
     "translation": "camera_pairs",
     "rotation": "camera_pairs",
 }  # term -> the entry of `GeometryLosses.counts` that it is a mean over (confidence: its first part)
-Vectors = Sequence[Tensor]  # x, y and z of vectors
 _COUNT_EPS = 1e-8  # the released code's guard of its means
 _COSINE_MARGIN = 1e-6  # keeps arccos differentiable
 _MIN_ANGLE, _MAX_ANGLE, _SMOOTH_ANGLE = math.radians(1), math.radians(90), math.radians(3)
@@ -362,11 +362,11 @@ def normal_loss(points: Tensor, target: Tensor, mask: Tensor, counted: Tensor) -
         A scalar.
     """
     mask = mask & counted[..., None, None, None]
-    predicted = _corners(_coordinates(torch.where(mask[..., None], points, 0)))
-    true = _corners(_coordinates(torch.where(mask[..., None], target, 0)))
+    predicted = _corners(coordinates(torch.where(mask[..., None], points, 0)))
+    true = _corners(coordinates(torch.where(mask[..., None], target, 0)))
     usable = _corner_masks(mask)
     angles = [
-        torch.where(use, _smooth(_angle(p, t).clamp(_MIN_ANGLE, _MAX_ANGLE)), 0).sum()
+        torch.where(use, _smooth(angle_between(p, t).clamp(_MIN_ANGLE, _MAX_ANGLE)), 0).sum()
         for p, t, use in zip(predicted, true, usable, strict=True)
     ]
     height, width = mask.shape[-2:]
@@ -379,34 +379,23 @@ def _blocks(shape: torch.Size, counted: Tensor) -> Tensor:
     return counted.sum() * (views * (height - 1) * (width - 1))
 
 
-def _quads(values: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The corners of all 2x2 blocks as a walk around the block: left-up, right-up, right-down, left-down.
-
-    `rows` is the (negative) dimension of the rows; the columns are the next one.
-    """
-    height, width = values.shape[rows] - 1, values.shape[rows + 1] - 1
-    up, down = values.narrow(rows, 0, height), values.narrow(rows, 1, height)
-    left_up, right_up = up.narrow(rows + 1, 0, width), up.narrow(rows + 1, 1, width)
-    left_down, right_down = down.narrow(rows + 1, 0, width), down.narrow(rows + 1, 1, width)
-    return left_up, right_up, right_down, left_down
-
-
-def _coordinates(vectors: Tensor) -> Vectors:
-    """Vectors (..., 3) as their three coordinates, each (...) and contiguous: much faster to compute with."""
-    return vectors.movedim(-1, 0).contiguous().unbind(0)
+def _quads(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The corners of all 2x2 blocks of (..., H, W), walking around: left-up, right-up, right-down, left-down."""
+    left, right = values[..., :-1], values[..., 1:]
+    return left[..., :-1, :], right[..., :-1, :], right[..., 1:, :], left[..., 1:, :]
 
 
 def _corners(points: Vectors) -> Iterator[Vectors]:
     """Normals (not unit) at the four corners of all 2x2 blocks; coordinates (..., S, H, W) -> (..., S, H-1, W-1)."""
-    quads = [_around(_quads(coordinate, -2)) for coordinate in points]
+    quads = [_around(_quads(coordinate)) for coordinate in points]
     for x, y, z in zip(*quads, strict=True):
         to_before, to_after = ([axis[i] - axis[1] for axis in (x, y, z)] for i in (0, 2))
-        yield _cross(to_before, to_after)
+        yield cross(to_before, to_after)
 
 
 def _corner_masks(mask: Tensor) -> Iterator[Tensor]:
     """Whether the three points of each of the four corners are in the mask, each (..., S, H-1, W-1)."""
-    for before, corner, after in _around(_quads(mask, -2)):
+    for before, corner, after in _around(_quads(mask)):
         yield before & corner & after
 
 
@@ -414,20 +403,6 @@ def _around(corners: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]
     """Every corner between its two neighbours on the block's outline."""
     for i in range(4):
         yield corners[i - 1], corners[i], corners[(i + 1) % 4]
-
-
-def _cross(a: Vectors, b: Vectors) -> Vectors:
-    """Cross products."""
-    (ax, ay, az), (bx, by, bz) = a, b
-    return ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
-
-
-def _angle(a: Vectors, b: Vectors) -> Tensor:
-    """Angle between vectors of any length: atan2(|a x b| + 1e-12, a.b), with a finite gradient everywhere."""
-    x, y, z = _cross(a, b)
-    square = x * x + y * y + z * z
-    sine = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
-    return torch.atan2(sine + 1e-12, a[0] * b[0] + a[1] * b[1] + a[2] * b[2])
 
 
 def _smooth(angle: Tensor) -> Tensor:
@@ -461,7 +436,7 @@ def normal_head_loss(normals: Tensor, target: Tensor, defined: Tensor) -> Tensor
         A scalar.
     """
     normals, target = (torch.where(defined[..., None], vectors, 0) for vectors in (normals, target))
-    return masked_mean(_angle(_coordinates(normals), _coordinates(target)), defined)
+    return masked_mean(angle_between(coordinates(normals), coordinates(target)), defined)
 
 
 def camera_losses(cam_to_world: Tensor, target: Tensor, scale: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
