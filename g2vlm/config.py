@@ -6,7 +6,7 @@ Every field has the value of the released 2B model as its default. Unknown keys 
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from transformers import PreTrainedConfig
 
@@ -17,6 +17,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 GeometryAttention = Literal["global", "block_causal", "frame", "mixed"]
 Windows = Literal["official", "per_image"]
+GeometricInit = Literal["random", "copy_semantic", "matching"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ class DecoderConfig:
     geometric_layer_scale: float = 0.01
     """Initial value of the geometric expert's residual scales."""
     initializer_range: float = 0.02
-    geometric_init: Literal["random", "copy_semantic", "matching"] = "random"
-    """How the geometric expert starts. `matching`: random, but looking for tokens that are alike (docs/adr/0005)."""
+    geometric_init: GeometricInit = "random"
+    """How the geometric expert starts. `matching`: random, but looking for tokens that are alike (docs/adr/0005).
+    `copy_semantic`: as the semantic expert, when `g2vlm convert` makes an initial checkpoint; else random."""
     residual_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the residual stream when the weights are bfloat16; float32 weights always keep float32."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mrope_sections", tuple(self.mrope_sections))
+        if self.geometric_init not in get_args(GeometricInit):
+            allowed = ", ".join(get_args(GeometricInit))
+            raise ValueError(f"decoder.geometric_init is {self.geometric_init!r}; allowed: {allowed}")
         if sum(self.mrope_sections) * 2 != self.head_dim:
             raise ValueError(f"mrope_sections {self.mrope_sections} must add up to head_dim / 2 = {self.head_dim // 2}")
         if self.num_heads % self.num_kv_heads:

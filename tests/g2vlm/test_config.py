@@ -47,3 +47,8 @@ def test_overrides_replace_a_part() -> None:
     config = G2VLMConfig.tiny(heads=HeadsConfig(depth=1, num_heads=4, point_dim=16, camera_dim=16))
     assert config.heads.depth == 1
     assert config.decoder == G2VLMConfig.tiny().decoder
+
+
+def test_an_unknown_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="geometric_init is 'matchin'; allowed: random, copy_semantic, matching"):
+        DecoderConfig(geometric_init="matchin")  # pyright: ignore[reportArgumentType]
