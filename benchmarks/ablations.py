@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from eval.charts import Series, line_chart
 from g2vlm.data.rooms import heldout_v1
@@ -112,7 +113,7 @@ def spread(runs: Sequence[Mapping[str, Any]], metric: str, number: str) -> str:
     return f"{mean} +- {number.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
-def curves(output: Path, seeds: int) -> Any:
+def curves(output: Path, seeds: int) -> Image.Image:
     """The validation losses, mean over seeds, as a picture."""
     lines = []
     for name, colour in zip(CONFIGS, COLOURS, strict=True):
