@@ -189,6 +189,7 @@ def save_state(
     def fill(folder: Path) -> None:
         write_model(folder, weights, model)
         save_file(moments, folder / OPTIMIZER, metadata={"format": "pt"})
+        _share(folder / OPTIMIZER, folder)
         (folder / STATE).write_text(_json(state), encoding="utf-8")
 
     _on_first_rank(engine, lambda: checkpoints.write(step, fill))
@@ -267,6 +268,12 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], model: G2VLMForCond
     config = model.config.to_diff_dict()
     config["architectures"] = [G2VLMForConditionalGeneration.__name__]
     (folder / "config.json").write_text(_json(config), encoding="utf-8")
+    _share(folder / MODEL, folder)
+
+
+def _share(file: Path, folder: Path) -> None:
+    """Give a file of safetensors, which makes them for their owner alone, the mode of the folder's other files."""
+    file.chmod((folder / "config.json").stat().st_mode)
 
 
 def random_state() -> dict[str, str]:

@@ -255,6 +255,14 @@ def test_failed_saves_leave_the_last_checkpoint(
     assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
 
 
+def test_every_file_can_be_read_by_the_same_people(finished: Path) -> None:
+    modes = {
+        file.name: oct(file.stat().st_mode) for file in finished.rglob("*") if file.suffix in (".json", ".safetensors")
+    }
+    assert set(modes) >= {"model.safetensors", "optimizer.safetensors", "manifest.json"}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_safetensors_meets_a_full_disk(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its writer tells errors of the system in a class of its own; a limit on file sizes makes a real one."""
     at_step_4(finished, tmp_path / "run")
