@@ -53,6 +53,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     for folder in (finished / "model", finished / "checkpoints/step-00000006"):
         prediction = g2vlm.load(folder, device="cpu").predict(torch.rand(2, 3, 28, 28))
         assert prediction.local_points.isfinite().all()
+        assert g2vlm.G2VLMProcessor.from_pretrained(folder)(text="How many chairs?")["sequence"].num_tokens > 10
 
 
 @pytest.mark.parametrize("steps", [2, 4])
