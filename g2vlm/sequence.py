@@ -1,8 +1,8 @@
 """From segments (text, views, images) to one packed sequence: token ids, M-RoPE positions, attention plan, labels.
 
 Sequence order is the order in which a reader meets the tokens. Expert layout, in which the model works, is the same
-tokens with all geometry tokens first and all semantic tokens after them, both in sequence order. A sequence may continue
-others whose keys and values are cached; it holds the new tokens alone.
+tokens with all geometry tokens first and all semantic tokens after them, both in sequence order. A sequence may
+continue others whose keys and values are cached; it then holds the new tokens alone.
 
 Shape legend: S tokens of the pack, U semantic tokens, G = S - U geometry tokens, V image slots, P patches of one view.
 """
