@@ -79,7 +79,9 @@ def test_generate_calls_the_hooks_that_are_filled_in() -> None:
     assert parameters("_expand_inputs_for_generation") == [
         "expand_size", "is_encoder_decoder", "input_ids", "model_kwargs",
     ]  # fmt: skip
-    assert parameters("_prepare_special_tokens")[:2] == ["generation_config", "kwargs_has_attention_mask"]
+    assert parameters("_prepare_special_tokens") == [
+        "generation_config", "kwargs_has_attention_mask", "device", "batch_size",
+    ]  # fmt: skip
     assert parameters("_supports_default_dynamic_cache") == []
     assert parameters("_sample") == [
         "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
