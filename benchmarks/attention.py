@@ -51,7 +51,7 @@ def plans(side: int, num_views: int) -> dict[str, AttnPlan]:
     builder = _builder("global")
     found["text"] = builder.build([(text,) * side]).plan
     found["pack"] = builder.build([recon, chat]).plan
-    found["decode"] = builder.build([chat]).decode_plan(1)
+    found["decode"] = builder.extend(builder.build([chat]), [[Text((0,))]]).plan
     return found
 
 

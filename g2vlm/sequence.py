@@ -1,7 +1,8 @@
 """From segments (text, views, images) to one packed sequence: token ids, M-RoPE positions, attention plan, labels.
 
 Sequence order is the order in which a reader meets the tokens. Expert layout, in which the model works, is the same
-tokens with all geometry tokens first and all semantic tokens after them, both in sequence order.
+tokens with all geometry tokens first and all semantic tokens after them, both in sequence order. A sequence may
+continue others whose keys and values are cached; it then holds the new tokens alone.
 
 Shape legend: S tokens of the pack, U semantic tokens, G = S - U geometry tokens, V image slots, P patches of one view.
 """
@@ -9,14 +10,14 @@ Shape legend: S tokens of the pack, U semantic tokens, G = S - U geometry tokens
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from g2vlm.model.attention.plan import AttnPlan, Range
-from g2vlm.model.attention.splits import Mode, Split, SplitLayout
+from g2vlm.model.attention.splits import Mode, Seen, Split, SplitLayout
 
 Grid = tuple[int, int]
 GeometryAttention = Literal["global", "block_causal", "frame"]
@@ -111,9 +112,11 @@ class PackedSequence:
         num_geometry: G; the first G rows of the layout are geometry tokens, view after view, patches row by row.
         semantic_ids: (U,) token ids; image slots hold `FILLER_ID`.
         image_slots: (V,) indices into the semantic part that take the merged image tokens, in order.
-        position_ids: (3, S) temporal, row and column position of every token; each sample restarts at 0.
-        plan: who attends to whom, in expert layout.
-        splits: the rule that `plan` follows; it continues a cached sequence, see `decode_plan`.
+        position_ids: (3, S) temporal, row and column position of every token; each sample starts at 0, or where the one
+            that it continues stopped.
+        plan: who attends to whom, in expert layout, after the cached keys.
+        splits: the rule that `plan` follows.
+        seen: per sample, the keys that what continues it sees: of the cache, then of this sequence in expert layout.
         view_grids: for every `GeometryViews` segment, in order, the (rows, columns) of its views.
         group_samples: index of the sample that each entry of `view_grids` belongs to.
         sample_ranges: per sample, its range in the geometry part and in the semantic part.
@@ -130,6 +133,7 @@ class PackedSequence:
     position_ids: Tensor
     plan: AttnPlan
     splits: SplitLayout
+    seen: tuple[Seen, ...]
     view_grids: tuple[tuple[Grid, ...], ...]
     group_samples: tuple[int, ...]
     sample_ranges: tuple[SampleRange, ...]
@@ -145,6 +149,28 @@ class PackedSequence:
         return self.position_ids.shape[1]
 
     @property
+    def num_keys(self) -> int:
+        """Length of the key axis: the cached keys and S."""
+        return self.plan.num_keys
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples in the pack."""
+        return len(self.next_positions)
+
+    @property
+    def last_tokens(self) -> tuple[int, ...]:
+        """Per sample, its last token as an index into the semantic part: where the next token is predicted.
+
+        Raises:
+            ValueError: a sample has no token here.
+        """
+        empty = [sample for sample, (_, (start, stop)) in enumerate(self.sample_ranges) if start == stop]
+        if empty:
+            raise ValueError(f"samples {empty} have no tokens to predict the next one at")
+        return tuple(semantic[1] - 1 for _, semantic in self.sample_ranges)
+
+    @property
     def views_per_group(self) -> tuple[int, ...]:
         """Number of views of every `GeometryViews` segment."""
         return tuple(len(grids) for grids in self.view_grids)
@@ -153,15 +179,6 @@ class PackedSequence:
         """The same sequence with its tensors on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
-
-    def decode_plan(self, num_new: int, num_decoded: int = 0, sample: int = 0) -> AttnPlan:
-        """Plan of `num_new` text tokens appended to one sample after this sequence and `num_decoded` appended before.
-
-        The keys are the cached expert layout followed by the appended tokens; query `j` sees everything of its sample
-        up to itself. For several samples, or appended images, extend `splits` by `appended` and ask it for its `plan`.
-        """
-        cached = self.num_tokens + num_decoded
-        return self.splits.appended(num_decoded + num_new, sample=sample).plan(cached)
 
 
 @dataclass(frozen=True)
@@ -203,11 +220,34 @@ class SequenceBuilder:
         Raises:
             ValueError: no samples, or a sample without segments.
         """
-        draft = _Draft()
+        return self._packed(_Draft(), samples)
+
+    def extend(
+        self, cached: PackedSequence, samples: Sequence[Sample], parents: Sequence[int] | None = None
+    ) -> PackedSequence:
+        """Packs what continues a sequence whose keys and values are cached; any segments may follow any others.
+
+        Args:
+            cached: what the cache ends with, itself perhaps a continuation.
+            samples: the new segments of each sample; none for a sample that waits while others grow.
+            parents: per new sample, the sample of `cached` that it continues; several may continue the same one without
+                seeing each other. By default each sample continues the one of its own number.
+
+        Raises:
+            ValueError: another number of samples than parents, or a parent that does not exist.
+        """
+        parents = range(cached.num_samples) if parents is None else parents
+        if len(samples) != len(parents) or not set(parents) <= set(range(cached.num_samples)):
+            raise ValueError(
+                f"{len(samples)} samples continue the samples {list(parents)} of a sequence of {cached.num_samples}"
+            )
+        positions = [cached.next_positions[parent] for parent in parents]
+        seen = tuple(cached.seen[parent] for parent in parents)
+        return self._packed(_Draft(positions, seen, cached.num_keys), samples)
+
+    def _packed(self, draft: "_Draft", samples: Iterable[Sample]) -> PackedSequence:
         for sample in samples:
-            if not sample:
-                raise ValueError(f"sample {len(draft.next_positions)} has no segments")
-            draft.next_positions.append(0)
+            draft.start_sample(empty=not sample)
             for segment in sample:
                 self._add(draft, segment)
         if not draft.next_positions:
@@ -280,13 +320,31 @@ class _Run(NamedTuple):
 
 @dataclass
 class _Draft:
-    """The pack while it grows, in sequence order; the last entry of `next_positions` is the sample being laid out."""
+    """The pack while it grows, in sequence order; the last entry of `next_positions` is the sample being laid out.
 
+    A pack that continues a cache has, per sample, its first position and its cached keys, and their total number.
+    """
+
+    first_positions: list[int] = field(default_factory=list)
+    cached: tuple[Seen, ...] = ()
+    num_cached: int = 0
     runs: list[_Run] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     view_grids: list[tuple[Grid, ...]] = field(default_factory=list)
     group_samples: list[int] = field(default_factory=list)
     next_positions: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+    def start_sample(self, empty: bool) -> None:
+        if empty and not self.cached:
+            raise ValueError(f"sample {len(self.next_positions)} has no segments")
+        self.next_positions.append(self.first_positions[len(self.next_positions)] if self.cached else 0)
+        self.starts.append(self.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence so far."""
+        return self.splits[-1].stop if self.splits else 0
 
     @property
     def position(self) -> int:
@@ -299,28 +357,32 @@ class _Draft:
 
     def add_split(self, mode: Mode, runs: list[_Run]) -> None:
         """Appends runs as one split; the next position is one more than the largest that they end with."""
-        start = self.splits[-1].stop if self.splits else 0
+        start = self.num_tokens
         stop = start + sum(len(run.ids) for run in runs)
         self.splits.append(Split(start, stop, mode, len(self.next_positions) - 1))
         self.runs += runs
         self.next_positions[-1] = max(self.position, *(int(run.positions[0, -1]) + 1 for run in runs))
 
     def packed(self) -> PackedSequence:
-        lengths = torch.tensor([len(run.ids) for run in self.runs])
-        is_geometry = _per_token([run.kind == "geometry" for run in self.runs], lengths)
-        is_image = _per_token([run.kind == "image" for run in self.runs], lengths)
+        lengths = torch.tensor([len(run.ids) for run in self.runs], dtype=torch.long)
+        is_geometry = _per_token([run.kind == "geometry" for run in self.runs], lengths, torch.bool)
+        is_image = _per_token([run.kind == "image" for run in self.runs], lengths, torch.bool)
         inverse_order = torch.argsort(is_geometry.logical_not().byte(), stable=True)
         layout = self._layout()
         semantic = inverse_order[layout.num_geometry :]
-        labels = torch.tensor([label for run in self.runs for label in run.labels or (IGNORED,) * len(run.ids)])
+        ids = torch.tensor([token for run in self.runs for token in run.ids], dtype=torch.long)
+        labels = [label for run in self.runs for label in run.labels or (IGNORED,) * len(run.ids)]
+        labels = torch.tensor(labels, dtype=torch.long)
         weights = _per_token([run.weight for run in self.runs], lengths).where(labels != IGNORED, 0.0)
+        positions = torch.cat([torch.empty(3, 0, dtype=torch.long), *(run.positions for run in self.runs)], dim=1)
         return PackedSequence(
             num_geometry=layout.num_geometry,
-            semantic_ids=torch.tensor([token for run in self.runs for token in run.ids])[semantic],
+            semantic_ids=ids[semantic],
             image_slots=is_image[semantic].nonzero().flatten(),
-            position_ids=torch.cat([run.positions for run in self.runs], dim=1)[:, inverse_order],
+            position_ids=positions[:, inverse_order],
             plan=layout.plan(),
             splits=layout,
+            seen=layout.seen(len(self.next_positions)),
             view_grids=tuple(self.view_grids),
             group_samples=tuple(self.group_samples),
             sample_ranges=self._sample_ranges(layout),
@@ -336,20 +398,19 @@ class _Draft:
         geometry = [
             (end - len(run.ids), end) for run, end in zip(self.runs, ends, strict=True) if run.kind == "geometry"
         ]
-        return SplitLayout(tuple(self.splits), tuple(geometry))
+        return SplitLayout(tuple(self.splits), tuple(geometry), self.num_cached, self.cached)
 
     def _sample_ranges(self, layout: SplitLayout) -> tuple[SampleRange, ...]:
         ranges = []
-        for _, group in groupby(self.splits, key=lambda split: split.sample):
-            splits = list(group)
-            geometry, (start, stop) = layout.experts((splits[0].start, splits[-1].stop))
+        for span in pairwise([*self.starts, self.num_tokens]):
+            geometry, (start, stop) = layout.experts(span)
             ranges.append(SampleRange(geometry, (start - layout.num_geometry, stop - layout.num_geometry)))
         return tuple(ranges)
 
 
-def _per_token(values: list[bool] | list[float], lengths: Tensor) -> Tensor:
+def _per_token(values: list[bool] | list[float], lengths: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The value of each run, repeated for its tokens."""
-    return torch.repeat_interleave(torch.tensor(values), lengths)
+    return torch.repeat_interleave(torch.tensor(values, dtype=dtype), lengths)
 
 
 def _check_grid(name: str, grid: Grid, divisor: int) -> None:

@@ -3,7 +3,7 @@
 The tokens lie in the expert layout: all geometry tokens, then all semantic tokens, each in sequence order. The two
 residual streams stay separate from the first layer to the last; only queries, keys and values meet.
 
-Shapes: G geometry tokens, U semantic tokens, T = G + U, D width.
+Shapes: G geometry tokens, U semantic tokens, T = G + U, D width, B rows that are decoded together.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from g2vlm.config import DecoderConfig
 from g2vlm.model.attention import AttnPlan, attend
+from g2vlm.model.cache import KVCache, LayerCache, Rows
 from g2vlm.model.experts import Expert
 from g2vlm.model.layers import RMSNorm
 from g2vlm.model.rope import mrope_table
@@ -28,18 +29,32 @@ class MoTLayer(nn.Module):
         self.semantic = Expert(config, config.semantic_qk_norm, layer_scale=None)
 
     def forward(
-        self, geometry: Tensor, semantic: Tensor, cos: Tensor, sin: Tensor, plan: AttnPlan, backend: str | None
+        self,
+        geometry: Tensor,
+        semantic: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: AttnPlan,
+        backend: str | None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Streams (G, D) and (U, D), rotary tables (T, K) -> the streams after the layer."""
+        """Streams (G, D) and (U, D), rotary tables (T, K) -> the streams after the layer; `cache` grows."""
         num_geometry = geometry.shape[0]
         geometric_qkv = self.geometric.project(geometry, cos[:num_geometry], sin[:num_geometry])
         semantic_qkv = self.semantic.project(semantic, cos[num_geometry:], sin[num_geometry:])
         q, k, v = (torch.cat(pair) for pair in zip(geometric_qkv, semantic_qkv, strict=True))
+        if cache is not None:
+            k, v = cache.extend(k, v)
         attended = attend(q, k, v, plan, backend=backend)  # (T, N, K)
         return (
             self.geometric.update(geometry, attended[:num_geometry]),
             self.semantic.update(semantic, attended[num_geometry:]),
         )
+
+    def decode(self, tokens: Tensor, cos: Tensor, sin: Tensor, rows: Rows, index: int) -> Tensor:
+        """One text token per row (B, D), rotary tables (B, K) -> the stream after this layer, the `index`-th."""
+        attended = rows.attend(index, *self.semantic.project(tokens, cos, sin))
+        return self.semantic.update(tokens, attended)
 
 
 class MoTDecoder(nn.Module):
@@ -70,7 +85,13 @@ class MoTDecoder(nn.Module):
         self.geometric_norm.weight.copy_(self.semantic_norm.weight)
 
     def forward(
-        self, geometry: Tensor, semantic: Tensor, position_ids: Tensor, plan: AttnPlan, backend: str | None = None
+        self,
+        geometry: Tensor,
+        semantic: Tensor,
+        position_ids: Tensor,
+        plan: AttnPlan,
+        backend: str | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run both streams.
 
@@ -80,15 +101,34 @@ class MoTDecoder(nn.Module):
             position_ids: (3, T) time, row and column of every token, expert layout.
             plan: who sees whom, expert layout.
             backend: attention backend; None chooses.
+            cache: what the tokens continue; their own keys and values are appended to it.
 
         Returns:
             The two streams after their final norms.
         """
-        config = self.config
-        cos, sin = mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections)
-        dtype = self.semantic_norm.weight.dtype
-        stream_dtype = torch.promote_types(dtype, getattr(torch, config.residual_dtype))
+        cos, sin = self._rotary(position_ids)
+        dtype, stream_dtype = self.semantic_norm.weight.dtype, self._stream_dtype
         geometry, semantic = geometry.to(stream_dtype), semantic.to(stream_dtype)
-        for layer in self.layers:
-            geometry, semantic = layer(geometry, semantic, cos, sin, plan, backend)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            geometry, semantic = layer(geometry, semantic, cos, sin, plan, backend, layer_cache)
         return self.geometric_norm(geometry).to(dtype), self.semantic_norm(semantic).to(dtype)
+
+    def decode(self, tokens: Tensor, rows: Rows) -> Tensor:
+        """One text token per row (B, D) at each row's next position -> its stream after the final norm (B, D)."""
+        cos, sin = self._rotary(rows.positions.expand(3, -1))
+        x = tokens.to(self._stream_dtype)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, MoTLayer)
+            x = layer.decode(x, cos, sin, rows, index)
+        rows.advance()
+        return self.semantic_norm(x).to(self.semantic_norm.weight.dtype)
+
+    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections)
+
+    @property
+    def _stream_dtype(self) -> torch.dtype:
+        weights = self.semantic_norm.weight.dtype
+        return torch.promote_types(weights, getattr(torch, self.config.residual_dtype))

@@ -1,7 +1,7 @@
 """The whole model: two encoders, the Mixture-of-Transformers decoder, the geometry heads and the language head.
 
 Shapes: S views of a scene, P patches of a view, G geometry tokens, U semantic tokens, T = G + U, D width, V merged
-semantic image tokens.
+semantic image tokens, B rows that are decoded together.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,17 @@ from timm.layers import LayerScale as TimmLayerScale  # pyright: ignore[reportPr
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from g2vlm.compat import build_vision_tower, run_vision_tower
+from g2vlm.compat import (
+    PackedGenerationMixin,
+    build_vision_tower,
+    complete_generation_config,
+    run_vision_tower,
+)
 from g2vlm.config import G2VLMConfig
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.encoders.shared_tower import SharedTower
 from g2vlm.model import loading
+from g2vlm.model.cache import KVCache, Rows
 from g2vlm.model.decoder import MoTDecoder
 from g2vlm.model.heads import GeometryHeads
 from g2vlm.model.layers import DefaultLinear, GeometryProjection, LayerScale, RMSNorm
@@ -27,7 +33,7 @@ from g2vlm.weights import TensorSpec
 from geometry import GeometryPrediction
 
 
-class G2VLMForConditionalGeneration(PreTrainedModel):
+class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
     """A geometry-grounded vision-language model (G2VLM section 3).
 
     The forward pass:
@@ -58,6 +64,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         self.lm_head = nn.Linear(dim, config.decoder.vocab_size, bias=False)
         self.heads = GeometryHeads(config)
         self.post_init()
+        complete_generation_config(self.generation_config, config.tokens)
         if config.decoder.geometric_init == "matching":
             self.decoder.look_for_alike()
 
@@ -83,6 +90,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         loaded: Any = super().from_pretrained(source, *args, **kwargs)
         model, info = loaded
         loading.check_report(info, source)
+        complete_generation_config(model.generation_config, model.config.tokens)
         if isinstance(model.geometry_encoder, DinoV2):  # transformers makes every loaded tensor trainable
             model.geometry_encoder.mask_token.requires_grad_(False)
         return (model, info) if with_info else model
@@ -102,8 +110,10 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
         predict_geometry: bool = True,
         predict_global_points: bool = False,
         backend: str | None = None,
+        cache: KVCache | None = None,
+        use_cache: bool = False,
     ) -> G2VLMOutput:
-        """Run the model over packed samples.
+        """Run the model over packed samples, or over what continues cached ones.
 
         Args:
             sequence: tokens, positions and attention plan of all samples.
@@ -114,11 +124,16 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
             predict_geometry: run the geometry heads.
             predict_global_points: also run the auxiliary global-point head (training, or asked for).
             backend: attention backend; None chooses.
+            cache: keys and values of the tokens that the sequence continues; it is not changed.
+            use_cache: return the keys and values of all tokens, these included.
         """
         semantic = self.embed_semantic(sequence, pixel_values, image_grid_thw)
         geometry = self.embed_views(views)
-        self._check(sequence, geometry)
-        geometry, semantic = self.decoder(geometry, semantic, sequence.position_ids, sequence.plan, backend)
+        self._check(sequence, geometry, cache)
+        grown = None
+        if cache is not None or use_cache:
+            grown = KVCache.empty(self.config.decoder.num_layers) if cache is None else cache.copy()
+        geometry, semantic = self.decoder(geometry, semantic, sequence.position_ids, sequence.plan, backend, grown)
         predictions = None
         if predict_geometry and sequence.num_geometry:
             predictions = self.decode_geometry(geometry, sequence, predict_global_points)
@@ -127,7 +142,12 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
             geometry=predictions,
             geometric_hidden=geometry,
             semantic_hidden=semantic,
+            cache=grown if use_cache else None,
         )
+
+    def decode(self, ids: Tensor, rows: Rows) -> Tensor:
+        """Feed one text token per row, ids (B,), and predict the next: logits (B, vocab). The rows grow."""
+        return self.lm_head(self.decoder.decode(self.embed_tokens(ids), rows))
 
     def embed_semantic(
         self, sequence: PackedSequence, pixel_values: Tensor | None, image_grid_thw: Tensor | None
@@ -177,11 +197,14 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
             predictions |= zip(members, decoded.split([len(scene) for scene in scenes]), strict=True)
         return tuple(predictions[i] for i in range(len(grids)))
 
-    def _check(self, sequence: PackedSequence, geometry: Tensor) -> None:
+    def _check(self, sequence: PackedSequence, geometry: Tensor, cache: KVCache | None) -> None:
         if geometry.shape[0] != sequence.num_geometry:
             raise ValueError(
                 f"views give {geometry.shape[0]} geometry tokens; the sequence was built for {sequence.num_geometry}"
             )
+        cached, expected = 0 if cache is None else cache.num_tokens, sequence.num_keys - sequence.num_tokens
+        if cached != expected:
+            raise ValueError(f"the cache holds {cached} tokens; the sequence continues {expected}")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

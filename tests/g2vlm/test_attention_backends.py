@@ -7,15 +7,16 @@ from torch import Tensor
 from g2vlm.errors import InputError
 from g2vlm.model.attention import AttnPlan, Block, attend, register, registry, sdpa
 from g2vlm.sequence import Sample, Text
-from tests.g2vlm.packs import BUILDERS, CHAT, OTHER, PACKS, RECON, random_layout
+from tests.g2vlm.packs import BUILDERS, CHAT, OTHER, PACKS, RECON, TEXT, random_layout
 
 QKV = tuple[Tensor, Tensor, Tensor]
 HEADS = [(12, 2), (4, 4), (4, 2)]
 PLANS: dict[str, AttnPlan] = {
     **{f"{pack}-{mode}": BUILDERS[mode].build(PACKS[pack]).plan for pack in PACKS for mode in BUILDERS},
     **{f"splits{seed}": random_layout(seed).plan() for seed in range(8)},
-    "decode": BUILDERS["global-full"].build([CHAT]).decode_plan(1, 2),
-    "decode_in_pack": BUILDERS["global-full"].build([RECON, OTHER]).decode_plan(1, 2, sample=0),
+    "continued": BUILDERS["global-full"].extend(BUILDERS["global-full"].build([CHAT]), [OTHER]).plan,
+    "continued_pack": BUILDERS["frame-full"].extend(BUILDERS["frame-full"].build([RECON, OTHER]), [CHAT, []]).plan,
+    "questions": BUILDERS["global-full"].extend(BUILDERS["global-full"].build([CHAT]), [TEXT] * 2, [0, 0]).plan,
     "causal_short": AttnPlan((Block((0, 3), ((2, 11),), True),), 3, 12),
     "causal_several_ranges": AttnPlan((Block((0, 3), ((7, 9), (0, 2), (3, 7)), True),), 3, 10),
     "empty": AttnPlan((), 0, 4),

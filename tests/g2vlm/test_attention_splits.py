@@ -1,3 +1,7 @@
+import random
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,21 +20,45 @@ def test_plan_equals_the_visibility_rule(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_continued_plan_is_the_tail_of_the_whole_plan(seed: int) -> None:
-    prefix = random_layout(seed)
-    samples = [split.sample for split in prefix.splits]
-    whole = prefix.appended(2, "causal", samples[-1]).appended(3, "full", samples[0]).appended(1, "causal", samples[0])
-    for cached in (prefix.num_tokens, prefix.num_tokens + 1, prefix.num_tokens + 2, prefix.num_tokens + 5):
-        assert whole.plan(cached).mask().equal(whole.plan().mask()[cached:])
+def test_continued_plans_follow_the_rule_of_the_whole(seed: int) -> None:
+    """A layout cut between any two splits, each part in its own expert layout after the one before."""
+    whole = random_layout(seed)
+    order = layout_order(whole)
+    num_samples = whole.splits[-1].sample + 1
+    mask, keys, seen = split_mask(whole.splits), [], ()
+    for part in cut(whole, seed):
+        layout = replace(part, num_cached=len(keys), cached=seen)
+        start = len(keys)
+        keys += [start + position for position in torch.argsort(layout_order(part)).tolist()]
+        rows = torch.tensor(keys[start:])
+        assert layout.plan().mask().equal(mask[rows][:, keys])
+        seen = layout.seen(num_samples)
+    assert sorted(keys) == list(range(len(order)))
 
 
-def test_causal_tokens_prolong_a_causal_split() -> None:
-    layout = SplitLayout((Split(0, 3, "causal"),))
-    for _ in range(4):
-        layout = layout.appended(1)
-    assert layout.splits == (Split(0, 7, "causal"),)
-    assert layout.appended(1, sample=1).splits == (Split(0, 7, "causal"), Split(7, 8, "causal", 1))
-    assert layout.appended(1, "full").splits == (Split(0, 7, "causal"), Split(7, 8, "full"))
+def cut(layout: SplitLayout, seed: int) -> list[SplitLayout]:
+    """The same splits in several layouts, each starting at 0."""
+    rng = random.Random(seed)
+    bounds = [0, *sorted(split.start for split in layout.splits[1:] if rng.random() < 0.6), layout.num_tokens]
+    return [part_of(layout, start, stop) for start, stop in pairwise(bounds)]
+
+
+def part_of(layout: SplitLayout, start: int, stop: int) -> SplitLayout:
+    splits = [replace(s, start=s.start - start, stop=s.stop - start) for s in layout.splits if start <= s.start < stop]
+    ranges = [(max(a, start) - start, min(b, stop) - start) for a, b in layout.geometry if a < stop and b > start]
+    return SplitLayout(tuple(splits), tuple(ranges))
+
+
+def test_branches_of_one_sample_do_not_see_each_other() -> None:
+    prefix = SplitLayout((Split(0, 2, "causal"), Split(2, 6, "full")), geometry=((3, 5),))
+    (seen,) = prefix.seen(1)
+    branches = SplitLayout((Split(0, 2, "causal", 0), Split(2, 5, "causal", 1)), (), 6, (seen, seen))
+    expected = torch.zeros(5, 11, dtype=torch.bool)
+    expected[:, :6] = True
+    expected[:2, 6:8] = torch.ones(2, 2).tril().bool()
+    expected[2:, 8:] = torch.ones(3, 3).tril().bool()
+    assert branches.plan().mask().equal(expected)
+    assert [after.everything for after in branches.seen(2)] == [((0, 8),), ((0, 6), (8, 11))]
 
 
 def test_consecutive_causal_splits_are_one_block() -> None:
@@ -74,14 +102,3 @@ def test_bad_splits_are_refused() -> None:
         Split(0, 1, "diagonal")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="start < stop"):
         Split(2, 2, "full")
-
-
-def test_a_cached_prefix_ends_between_full_splits_and_after_the_geometry() -> None:
-    layout = SplitLayout((Split(0, 2, "causal"), Split(2, 6, "full"), Split(6, 8, "causal")), geometry=((3, 5),))
-    with pytest.raises(ValueError, match="geometry tokens"):
-        layout.plan(cached=2)
-    with pytest.raises(ValueError, match="cut Split"):
-        layout.plan(cached=5)
-    with pytest.raises(ValueError, match="8 tokens"):
-        layout.plan(cached=9)
-    assert layout.plan(cached=7).mask().equal(torch.ones(1, 8, dtype=torch.bool))

@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from tests.g2vlm.packs import (
 )
 
 SEEDS = range(200)
+RECON_TOKENS = len(tokens([RECON]))
+CACHED = BUILDERS["global-full"].build([RECON])
 pack = pytest.mark.parametrize("samples", [pytest.param(samples, id=name) for name, samples in PACKS.items()])
 builder_ = pytest.mark.parametrize("builder", [pytest.param(builder, id=name) for name, builder in BUILDERS.items()])
 
@@ -167,28 +170,73 @@ def test_causal_images_and_text_are_one_block() -> None:
     assert len(BUILDERS["global-causal"].build(PACKS["images"]).plan.blocks) == 1
 
 
+def identities(packed: PackedSequence, done: list[int], samples: list[Sample]) -> list[tuple[int, int]]:
+    """(sample, index inside the sample) of every token in expert layout; `done` tokens of each sample came before."""
+    found, seen = [], list(done)
+    for token in tokens(samples):
+        found.append((token.sample, seen[token.sample]))
+        seen[token.sample] += 1
+    return [found[i] for i in packed.inverse_order.tolist()]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_continuations_equal_the_whole(seed: int) -> None:
+    """Segments appended in several sequences see, and stand where, they would have in one."""
+    builder, samples = random_pack(seed)
+    whole = builder.build(samples)
+    names = identities(whole, [0] * len(samples), samples)
+    mask, positions = whole.plan.mask(), whole.position_ids
+    rng = random.Random(seed)
+    cuts = [sorted(rng.randint(1, len(sample)) for _ in range(2)) for sample in samples]
+    stages = [[s[:a] for s, (a, _) in zip(samples, cuts, strict=True)]]
+    stages += [[s[a:b] for s, (a, b) in zip(samples, cuts, strict=True)]]
+    stages += [[s[b:] for s, (_, b) in zip(samples, cuts, strict=True)]]
+    keys: list[int] = []
+    done, packed = [0] * len(samples), None
+    for stage in stages:
+        packed = builder.extend(packed, stage) if packed else builder.build(stage)
+        new = [names.index(name) for name in identities(packed, done, stage)]
+        keys += new
+        for token in tokens(stage):
+            done[token.sample] += 1
+        assert packed.plan.mask().equal(mask[new][:, keys])
+        assert packed.position_ids.equal(positions[:, new])
+        assert packed.num_keys == len(keys)
+    assert packed.next_positions == whole.next_positions
+
+
 @builder_
-def test_decoding_plan_is_the_tail_of_a_longer_text(builder: SequenceBuilder) -> None:
-    """One token at a time, and several at once, see what they would see had they been part of the sequence."""
-    prompt: Sample = [*OTHER[:2], Text((1, 2))]
-    packed = builder.build([prompt])
-    whole = builder.build([[*prompt, Text((3, 4, 5))]])
-    for decoded in range(3):
-        plan = packed.decode_plan(1, decoded)
-        (block,) = plan.blocks
-        assert block.key_ranges == ((0, packed.num_tokens + decoded + 1),)
-        row = whole.plan.mask()[packed.num_tokens + decoded, : plan.num_keys]
-        assert plan.mask()[0].equal(row)
-    assert packed.decode_plan(3).mask().equal(whole.plan.mask()[packed.num_tokens :])
+def test_several_questions_continue_one_prefix(builder: SequenceBuilder) -> None:
+    """Each sees what it would see alone, and none sees another."""
+    prefix = builder.build([OTHER])
+    questions: list[Sample] = [[Text((1, 2, 3))], [SemanticImage((2, 2)), Text((4,))]]
+    packed = builder.extend(prefix, questions, parents=[0, 0])
+    alone = [builder.extend(prefix, [question]) for question in questions]
+    assert packed.next_positions == tuple(single.next_positions[0] for single in alone)
+    cached = prefix.num_keys
+    for single, (_, (start, stop)) in zip(alone, packed.sample_ranges, strict=True):
+        rows = packed.plan.mask()[start:stop]
+        assert rows[:, :cached].equal(single.plan.mask()[:, :cached])
+        assert rows[:, cached + start : cached + stop].equal(single.plan.mask()[:, cached:])
+        assert rows.sum() == single.plan.mask().sum()
 
 
-def test_decoding_one_sample_of_a_pack_sees_that_sample_alone() -> None:
+def test_a_decoded_token_is_one_block_over_its_sample() -> None:
+    builder = BUILDERS["global-full"]
+    packed = builder.build([CHAT])
+    for _ in range(3):
+        packed = builder.extend(packed, [[Text((1,))]])
+        (block,) = packed.plan.blocks
+        assert block.key_ranges == ((0, packed.num_keys),)
+
+
+def test_last_tokens_are_where_the_next_is_predicted() -> None:
     packed = BUILDERS["global-full"].build([RECON, OTHER])
-    owner = torch.tensor([token.sample for token in tokens([RECON, OTHER])])[packed.inverse_order]
-    for sample in (0, 1):
-        seen = packed.decode_plan(1, num_decoded=2, sample=sample).mask()[0]
-        assert seen[: packed.num_tokens].equal(owner == sample)
-        assert seen[packed.num_tokens :].all()
+    last = [packed.num_geometry + index for index in packed.last_tokens]
+    assert packed.order[[RECON_TOKENS - 1, packed.num_tokens - 1]].tolist() == last
+    waiting = BUILDERS["global-full"].extend(packed, [[], [Text((1,))]])
+    with pytest.raises(ValueError, match=r"samples \[0\] have no tokens"):
+        _ = waiting.last_tokens
 
 
 def test_to_moves_every_tensor() -> None:
@@ -208,6 +256,8 @@ def test_to_moves_every_tensor() -> None:
         (lambda: SemanticImage((2, 3)), "multiples of 2"),
         (lambda: BUILDERS["global-full"].build([]), "no samples"),
         (lambda: BUILDERS["global-full"].build([[Text((1,))], []]), "sample 1 has no segments"),
+        (lambda: BUILDERS["global-full"].extend(CACHED, [[Text((1,))]] * 2), "2 samples continue"),
+        (lambda: BUILDERS["global-full"].extend(CACHED, [[Text((1,))]], [1]), "sequence of 1"),
         (lambda: SequenceBuilder(SPECIAL, "local"), "global, block_causal, frame"),  # pyright: ignore[reportArgumentType]
         (lambda: SequenceBuilder(SPECIAL, view_positions="random"), "sequential, shared"),  # pyright: ignore[reportArgumentType]
     ],

@@ -8,10 +8,12 @@ same sample and
 
 `causal`, `full` and `noise` are the modes of the released code; `frame` is a full split that the other frames of its
 sample do not see, for frame-wise attention.
+
+A layout may continue what a cache holds. The keys are then the cached ones followed by the layout's own tokens.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -36,6 +38,18 @@ class Split:
             raise ValueError(f"split ({self.start}, {self.stop}) must satisfy 0 <= start < stop")
         if self.mode not in get_args(Mode):
             raise ValueError(f"split mode {self.mode!r} is unknown; allowed: {', '.join(get_args(Mode))}")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Keys of one sample: those that its next split sees, and those that its next frame sees; sorted and disjoint."""
+
+    everything: tuple[Range, ...] = ()
+    but_frames: tuple[Range, ...] = ()
+
+    def by(self, mode: Mode) -> tuple[Range, ...]:
+        """What a split of this mode sees of them."""
+        return self.but_frames if mode == "frame" else self.everything
 
 
 @dataclass
@@ -63,10 +77,14 @@ class SplitLayout:
     Args:
         splits: in sequence order, tiling `[0, num_tokens)`.
         geometry: ranges of geometry tokens in sequence order, disjoint and increasing.
+        num_cached: number of keys in the cache that this layout continues.
+        cached: per sample, which of those keys are its own; empty when there is no cache.
     """
 
     splits: tuple[Split, ...]
     geometry: tuple[Range, ...] = ()
+    num_cached: int = 0
+    cached: tuple[Seen, ...] = ()
 
     def __post_init__(self) -> None:
         _check_order("splits", [(split.start, split.stop) for split in self.splits], contiguous=True)
@@ -86,57 +104,44 @@ class SplitLayout:
         """Number of geometry tokens."""
         return sum(length(span) for span in self.geometry)
 
-    def appended(self, num_tokens: int, mode: Mode = "causal", sample: int = 0) -> "SplitLayout":
-        """This layout followed by `num_tokens` semantic tokens of `sample`; causal ones prolong a causal last split."""
-        last = self.splits[-1] if self.splits else None
-        start, stop = self.num_tokens, self.num_tokens + num_tokens
-        if last and mode == last.mode == "causal" and last.sample == sample:
-            return SplitLayout((*self.splits[:-1], Split(last.start, stop, mode, sample)), self.geometry)
-        return SplitLayout((*self.splits, Split(start, stop, mode, sample)), self.geometry)
+    def plan(self) -> AttnPlan:
+        """The minimal plan: queries in expert layout; keys are the cached ones, then the same layout."""
+        blocks = [block for split, context in self._walk() for block in self._blocks(split, context.seen_by(split))]
+        blocks.sort(key=lambda block: block.q_range)
+        return AttnPlan(_merge_blocks(blocks), self.num_tokens, self.num_cached + self.num_tokens)
 
-    def plan(self, cached: int = 0) -> AttnPlan:
-        """The minimal plan in expert layout.
+    def seen(self, num_samples: int) -> tuple[Seen, ...]:
+        """Per sample, the keys that what follows this layout sees; the start of a layout that continues it."""
+        contexts = {split.sample: context for split, context in self._walk()}
+        found = []
+        for sample in range(num_samples):
+            context, earlier = contexts.get(sample, _Context()), self._cached(sample)
+            everything = self._keys(earlier.everything, context.everything)
+            found.append(Seen(everything, self._keys(earlier.but_frames, context.but_frames)))
+        return tuple(found)
 
-        Args:
-            cached: number of leading tokens whose keys are cached; the queries are the tokens after them. They must be
-                semantic, and a split that is not causal cannot be cut.
-
-        Raises:
-            ValueError: geometry tokens after the cached prefix, or a full split cut by it.
-        """
-        self._check_cached(cached)
+    def _walk(self) -> Iterator[tuple[Split, _Context]]:
+        """Every split with what its sample has laid down before it; after the last split also that one."""
         contexts: dict[int, _Context] = {}
-        blocks: list[Block] = []
         for split in self.splits:
             context = contexts.setdefault(split.sample, _Context())
-            if split.stop > cached:
-                blocks += self._blocks(split, context.seen_by(split), cached)
+            yield split, context
             context.add(split)
-        blocks.sort(key=lambda block: block.q_range)
-        return AttnPlan(_merge_blocks(blocks), self.num_tokens - cached, self.num_tokens)
 
-    def _check_cached(self, cached: int) -> None:
-        if not 0 <= cached <= self.num_tokens:
-            raise ValueError(f"cached is {cached}; the sequence has {self.num_tokens} tokens")
-        if cached and self.geometry and self.geometry[-1][1] > cached:
-            raise ValueError(
-                f"geometry tokens {self.geometry[-1]} after the {cached} cached tokens; only semantic tokens append"
-            )
-        for split in self.splits:
-            if split.mode != "causal" and split.start < cached < split.stop:
-                raise ValueError(f"{cached} cached tokens cut {split}; only a causal split can be continued")
+    def _cached(self, sample: int) -> Seen:
+        return self.cached[sample] if self.cached else Seen()
 
-    def _blocks(self, split: Split, earlier: list[Range], cached: int) -> list[Block]:
+    def _blocks(self, split: Split, earlier: list[Range]) -> list[Block]:
         """The blocks of one split. A causal split is cut into runs of one expert; that does not change what is seen."""
+        cached = self._cached(split.sample).by(split.mode)
         if split.mode != "causal":
-            keys = self._keys([*earlier, (split.start, split.stop)])
-            return [Block((a - cached, b - cached), keys, False) for a, b in self._place((split.start, split.stop))]
+            keys = self._keys(cached, [*earlier, (split.start, split.stop)])
+            return [Block(part, keys, False) for part in self._place((split.start, split.stop))]
         blocks = []
         for start, stop, geometry in self._runs(split):
-            if stop > cached:
-                seen = merge_touching([*earlier, (split.start, stop)])
-                (query,) = self._place((max(start, cached), stop))
-                blocks.append(Block((query[0] - cached, query[1] - cached), self._keys(seen, geometry), True))
+            seen = merge_touching([*earlier, (split.start, stop)])
+            (query,) = self._place((start, stop))
+            blocks.append(Block(query, self._keys(cached, seen, geometry), True))
         return blocks
 
     def _runs(self, split: Split) -> list[tuple[int, int, bool]]:
@@ -172,11 +177,15 @@ class SplitLayout:
         """The non-empty expert-layout ranges of a sequence range."""
         return [part for part in self.experts(span) if length(part)]
 
-    def _keys(self, seen: Iterable[Range], geometry_last: bool = False) -> tuple[Range, ...]:
-        """Expert-layout keys of sequence ranges: geometry then semantic, or the reverse for a causal geometry run."""
-        parts = list(zip(*(self.experts(span) for span in seen), strict=True))
-        geometry, semantic = ([part for part in expert if length(part)] for expert in parts)
-        return tuple(merge_touching([*semantic, *geometry] if geometry_last else [*geometry, *semantic]))
+    def _keys(self, cached: Iterable[Range], seen: Iterable[Range], geometry_last: bool = False) -> tuple[Range, ...]:
+        """Cached keys and those of sequence ranges: geometry then semantic, or the reverse for causal geometry."""
+        parts = [[self._key(part) for part in self.experts(span)] for span in seen]
+        geometry, semantic = ([pair[expert] for pair in parts if length(pair[expert])] for expert in (0, 1))
+        own = [*semantic, *geometry] if geometry_last else [*geometry, *semantic]
+        return tuple(merge_touching([*cached, *own]))
+
+    def _key(self, span: Range) -> Range:
+        return span[0] + self.num_cached, span[1] + self.num_cached
 
 
 def merge_touching(ranges: Iterable[Range]) -> list[Range]:
