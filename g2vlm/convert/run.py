@@ -12,10 +12,10 @@ import torch
 
 import g2vlm.convert.g2vlm_release as release
 import g2vlm.convert.verify as verify
-from g2vlm.config import G2VLMConfig
-from g2vlm.convert.initial import GeometricInit, open_initial
+from g2vlm.config import PRESETS, G2VLMConfig
+from g2vlm.convert.initial import GeometricInit, Initial, open_initial
 from g2vlm.convert.keymap import Translated
-from g2vlm.convert.qwen2_vl import is_qwen2_vl
+from g2vlm.convert.stock import FAMILIES, Family, stock_family
 from g2vlm.convert.tokens import SPECIAL_IDS, write_tokens
 from g2vlm.errors import CheckFailed, CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -30,6 +30,8 @@ COMPANIONS = (
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
     "generation_config.json", SPECIAL_IDS,
 )  # fmt: skip
+KEPT_COMPANIONS = ("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json")
+"""What still holds when the tokenizer is another one."""
 TOKENIZERS = ("tokenizer.json", "vocab.json", SPECIAL_IDS)
 SHARD_BYTES = 5_000_000_000
 
@@ -75,6 +77,7 @@ class Conversion:
         originals: label, the source's tensors under their own names, and how to get those from the written folder.
         reopen: our tensors again, from the written folder.
         notes: what the user should know.
+        companions: files of the source to copy.
     """
 
     direction: str
@@ -86,6 +89,7 @@ class Conversion:
     originals: list[tuple[str, TensorSource, Callable[[TensorSource], TensorSource]]]
     reopen: Callable[[Path], tuple[G2VLMConfig, TensorSource]]
     notes: list[str]
+    companions: tuple[str, ...] = COMPANIONS
 
 
 def convert(
@@ -98,15 +102,17 @@ def convert(
     geometry_encoder: str | Path | None = None,
     dinov2: str | Path | None = None,
     geometric_init: GeometricInit = "random",
+    preset: str | None = None,
     seed: int = 0,
 ) -> ConversionResult:
     """Convert a checkpoint folder; what the source is decides the direction.
 
-    Released layout -> ours; ours -> released layout; a Qwen2-VL with a DINOv2 -> an initial checkpoint in our layout.
+    Released layout -> ours; ours -> released layout; a stock Qwen-VL or text model -> an initial checkpoint in our
+    layout.
     Tensors are streamed one at a time into a temporary folder that is renamed at the end.
 
     Args:
-        source: the checkpoint.
+        source: the checkpoint folder, or a GGUF file.
         destination: the folder to make.
         check: convert back and compare every tensor with the source, and the outputs if the model is small.
         dtype: storage precision; by default each tensor keeps its own.
@@ -114,6 +120,7 @@ def convert(
         geometry_encoder: the DINOv2 of an initial checkpoint.
         dinov2: public DINOv2 weights to compare the checkpoint's with.
         geometric_init: how an initial checkpoint's geometric expert starts.
+        preset: what decides the sizes that an initial checkpoint's sources leave open.
         seed: of an initial checkpoint's random tensors.
 
     Raises:
@@ -124,7 +131,15 @@ def convert(
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve():
         raise InputError("source and destination are the same folder", str(source), "choose another destination")
-    plan = _plan(source, geometry_encoder, geometric_init, seed)
+    if not source.exists():
+        raise InputError(f"no folder {source}", "there is nothing to convert", "give a checkpoint folder")
+    if is_own_layout(source) or release.is_release(source):
+        if geometry_encoder or preset:
+            given = "--geometry-encoder" if geometry_encoder else "--preset"
+            raise InputError(f"{source} has geometry of its own", "only a stock model takes another", f"drop {given}")
+        plan = _to_release(source) if is_own_layout(source) else _from_release(source)
+    else:
+        plan = _from_stock(source, geometry_encoder, preset, geometric_init, seed)
     specs = cast(plan.written.specs, dtype)
     num_bytes = sum(spec.num_bytes for spec in specs.values())
     result = ConversionResult(
@@ -145,31 +160,6 @@ def convert(
         if check:
             result.checks += _check(plan, staging)
     return result
-
-
-def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: GeometricInit, seed: int) -> Conversion:
-    if not source.is_dir():
-        raise InputError(f"no folder {source}", "there is nothing to convert", "give a checkpoint folder")
-    known = is_own_layout(source) or release.is_release(source)
-    if not known and is_qwen2_vl(source):
-        if geometry_encoder is None:
-            raise InputError(
-                f"{source} holds a Qwen2-VL", "its geometry encoder must come from a DINOv2", "pass --geometry-encoder"
-            )
-        return _from_public(source, Path(geometry_encoder), geometric_init, seed)
-    if geometry_encoder is not None:
-        raise InputError(
-            f"{source} has a geometry encoder of its own", "only a Qwen2-VL takes another", "drop --geometry-encoder"
-        )
-    if is_own_layout(source):
-        return _to_release(source)
-    if release.is_release(source):
-        return _from_release(source)
-    raise CheckpointError(
-        f"no known checkpoint in {source}",
-        "it is neither in our layout, nor in the released one, nor a Qwen2-VL",
-        "give the folder that holds the checkpoint's config files",
-    )
 
 
 def _own_files(config: G2VLMConfig) -> dict[str, dict[str, Any]]:
@@ -213,23 +203,59 @@ def _to_release(source: Path) -> Conversion:
     )
 
 
-def _from_public(source: Path, dinov2: Path, geometric_init: GeometricInit, seed: int) -> Conversion:
-    initial = open_initial(source, dinov2, geometric_init, seed)
-    keymap = initial.qwen.keymap
+def _from_stock(
+    source: Path, dinov2: str | Path | None, preset: str | None, geometric_init: GeometricInit, seed: int
+) -> Conversion:
+    family = stock_family(source)
+    if family is None:
+        raise CheckpointError(
+            f"no known checkpoint in {source}",
+            "it is neither in our layout, nor in the released one, nor one of "
+            + ", ".join(dict.fromkeys(known.title for known in FAMILIES.values())),
+            "give the folder that holds the checkpoint's config files, or a GGUF file",
+        )
+    base = _base(source, family, dinov2, preset)
+    initial = open_initial(source, None if dinov2 is None else Path(dinov2), base, geometric_init, seed)
+    stock = initial.stock
+    originals = [(f"{stock.title} tensors", stock.files, stock.original)]
+    if initial.dinov2 is not None:
+        originals.append(("DINOv2 tensors", initial.dinov2, lambda w: w))
     return Conversion(
-        direction="Qwen2-VL and DINOv2 -> an initial checkpoint in our layout",
+        direction=f"{stock.title}{' and DINOv2' if initial.dinov2 else ''} -> an initial checkpoint in our layout",
         config=initial.config,
         ours=initial.source,
         written=initial.source,
-        files=_own_files(initial.config),
+        files=_own_files(initial.config) | stock.vocabulary.files,
         max_shard_bytes=SHARD_BYTES,
-        originals=[
-            ("Qwen2-VL tensors", initial.qwen.files, lambda w: Translated(w, keymap.to_theirs(w.specs))),
-            ("DINOv2 tensors", initial.dinov2, lambda w: w),
-        ],
+        originals=originals,
         reopen=_reopen_own,
-        notes=[f"untrained: geometric expert {geometric_init}, geometry heads random, seed {seed}"],
+        notes=_notes(initial, geometric_init, seed),
+        companions=KEPT_COMPANIONS if stock.vocabulary.files else COMPANIONS,
     )
+
+
+def _base(source: Path, family: Family, dinov2: str | Path | None, preset: str | None) -> G2VLMConfig:
+    """What decides the sizes that the sources leave open."""
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"no preset {preset}", f"presets: {', '.join(PRESETS)}", "correct --preset")
+    if family.read_tower is not None and dinov2 is None and preset is None:
+        raise InputError(
+            f"{source} holds a {family.title}",
+            "its geometry encoder must come from a DINOv2",
+            "pass --geometry-encoder, or --preset for a random one",
+        )
+    return PRESETS[preset or ("paper_2b" if family.read_tower else "smol")]()
+
+
+def _notes(initial: Initial, geometric_init: GeometricInit, seed: int) -> list[str]:
+    stock, untrained = initial.stock, [f"geometric expert {geometric_init}", "geometry heads random"]
+    untrained += ["geometry encoder random"] * (initial.dinov2 is None)
+    untrained += ["vision tower random"] * (stock.semantic_encoder is None)
+    notes = [f"untrained: {', '.join(untrained)}, seed {seed}"]
+    if stock.vocabulary.files:
+        rows = f"tables of {stock.num_rows} rows have {stock.vocabulary.size} now"
+        notes.append(f"special tokens were added to the tokenizer; {rows}")
+    return notes
 
 
 def _reopen_own(folder: Path) -> tuple[G2VLMConfig, TensorSource]:
@@ -242,7 +268,7 @@ def _reopen_own(folder: Path) -> tuple[G2VLMConfig, TensorSource]:
 
 def _write_companions(plan: Conversion, source: Path, staging: Path, dtype: torch.dtype) -> None:
     """Config files, and the tokenizer's and preprocessor's files as they are."""
-    for name in COMPANIONS:
+    for name in plan.companions:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
     for name, values in plan.files.items():

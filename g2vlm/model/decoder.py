@@ -6,6 +6,9 @@ residual streams stay separate from the first layer to the last; only queries, k
 Shapes: G geometry tokens, U semantic tokens, T = G + U, D width.
 """
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +73,13 @@ class MoTDecoder(nn.Module):
         self.geometric_norm.weight.copy_(self.semantic_norm.weight)
 
     def forward(
-        self, geometry: Tensor, semantic: Tensor, position_ids: Tensor, plan: AttnPlan, backend: str | None = None
+        self,
+        geometry: Tensor,
+        semantic: Tensor,
+        position_ids: Tensor,
+        plan: AttnPlan,
+        backend: str | None = None,
+        deepstack: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
         """Run both streams.
 
@@ -80,15 +89,18 @@ class MoTDecoder(nn.Module):
             position_ids: (3, T) time, row and column of every token, expert layout.
             plan: who sees whom, expert layout.
             backend: attention backend; None chooses.
+            deepstack: (U, D) each, added to the semantic stream after the first layers, one per layer (Qwen3-VL).
 
         Returns:
             The two streams after their final norms.
         """
         config = self.config
-        cos, sin = mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections)
+        interleaved = config.mrope_layout == "interleaved"
+        cos, sin = mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections, interleaved)
         dtype = self.semantic_norm.weight.dtype
         stream_dtype = torch.promote_types(dtype, getattr(torch, config.residual_dtype))
         geometry, semantic = geometry.to(stream_dtype), semantic.to(stream_dtype)
-        for layer in self.layers:
+        for layer, added in zip_longest(self.layers, deepstack):
             geometry, semantic = layer(geometry, semantic, cos, sin, plan, backend)
+            semantic = semantic if added is None else semantic + added
         return self.geometric_norm(geometry).to(dtype), self.semantic_norm(semantic).to(dtype)

@@ -13,7 +13,7 @@ from timm.layers import LayerScale as TimmLayerScale  # pyright: ignore[reportPr
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from g2vlm.compat import build_vision_tower, run_vision_tower
+from g2vlm.compat import TOWER_BLOCKS, TowerOutput, build_vision_tower, run_vision_tower
 from g2vlm.config import G2VLMConfig
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.encoders.shared_tower import SharedTower
@@ -32,7 +32,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
 
     The forward pass:
         1. embeds text and markers;
-        2. encodes semantic images with the Qwen2-VL tower and puts them into their slots;
+        2. encodes semantic images with a Qwen-VL tower and puts them into their slots;
         3. encodes the views of each geometry segment and projects them to the decoder's width;
         4. runs both experts over the expert layout with one shared attention;
         5. predicts logits at the requested semantic tokens;
@@ -43,7 +43,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
     config: G2VLMConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     base_model_prefix = ""
     main_input_name = "sequence"
-    _no_split_modules = ["MoTLayer", "Block", "Qwen2VLVisionBlock", "FrameBlock", "ContextBlock"]  # noqa: RUF012
+    _no_split_modules = ["MoTLayer", "Block", *TOWER_BLOCKS, "FrameBlock", "ContextBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["point_head", "global_point_head", "camera_head", "normal_head", "confidence_head"]  # noqa: RUF012
 
     def __init__(self, config: G2VLMConfig):
@@ -115,10 +115,10 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
             predict_global_points: also run the auxiliary global-point head (training, or asked for).
             backend: attention backend; None chooses.
         """
-        semantic = self.embed_semantic(sequence, pixel_values, image_grid_thw)
+        semantic, deepstack = self.embed_semantic(sequence, pixel_values, image_grid_thw)
         geometry = self.embed_views(views)
         self._check(sequence, geometry)
-        geometry, semantic = self.decoder(geometry, semantic, sequence.position_ids, sequence.plan, backend)
+        geometry, semantic = self.decoder(geometry, semantic, sequence.position_ids, sequence.plan, backend, deepstack)
         predictions = None
         if predict_geometry and sequence.num_geometry:
             predictions = self.decode_geometry(geometry, sequence, predict_global_points)
@@ -131,23 +131,29 @@ class G2VLMForConditionalGeneration(PreTrainedModel):
 
     def embed_semantic(
         self, sequence: PackedSequence, pixel_values: Tensor | None, image_grid_thw: Tensor | None
-    ) -> Tensor:
-        """Text and marker embeddings with the merged image tokens in their slots: (U, D)."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Text and marker embeddings with the merged image tokens in their slots, and a tower's deep-stack features.
+
+        Returns:
+            (U, D), and per deep-stack layer (U, D) that is zero outside the image slots.
+        """
         embeddings = self.embed_tokens(sequence.semantic_ids)
         if pixel_values is None or image_grid_thw is None:
-            merged = embeddings.new_zeros(0, embeddings.shape[1])
+            merged, deepstack = embeddings.new_zeros(0, embeddings.shape[1]), ()
         else:
-            merged = self.encode_images(pixel_values, image_grid_thw)
+            _, merged, deepstack = self.encode_images(pixel_values, image_grid_thw)
         if merged.shape[0] != sequence.image_slots.shape[0]:
             raise ValueError(
                 f"pixel_values give {merged.shape[0]} image tokens; "
                 f"the sequence has {sequence.image_slots.shape[0]} slots"
             )
-        return embeddings.index_copy(0, sequence.image_slots, merged.to(embeddings.dtype))
+        slots, zeros = sequence.image_slots, torch.zeros_like(embeddings)
+        added = [zeros.index_copy(0, slots, features.to(zeros.dtype)) for features in deepstack]
+        return embeddings.index_copy(0, slots, merged.to(embeddings.dtype)), added
 
-    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Patches (n, 1176) of images with grids (images, 3) -> merged image tokens (V, D)."""
-        return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> TowerOutput:
+        """Patches (n, 1176) of images and videos with grids (images, 3) -> merged image tokens (V, D) and features."""
+        return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)
 
     def embed_views(self, views: Sequence[Tensor]) -> Tensor:
         """Geometry tokens of all segments, view by view, row by row: (G, D)."""

@@ -37,13 +37,11 @@ def test_tower_has_the_released_names_and_shapes(tower: nn.Module) -> None:
 def test_images_do_not_see_each_other(tower: nn.Module) -> None:
     grids = torch.tensor([[1, 4, 2], [1, 2, 2]])
     pixels = torch.randn(12, 1176)
-    patches, merged = run_vision_tower(tower, pixels, grids)
-    assert patches.shape == (12, 32)
-    assert merged.shape == (3, 24)
-    alone = torch.cat(
-        [run_vision_tower(tower, pixels[:8], grids[:1])[1], run_vision_tower(tower, pixels[8:], grids[1:])[1]]
-    )
-    torch.testing.assert_close(merged, alone)
+    together = run_vision_tower(tower, pixels, grids)
+    assert together.patches.shape == (12, 32)
+    assert together.merged.shape == (3, 24)
+    alone = [run_vision_tower(tower, pixels[:8], grids[:1]), run_vision_tower(tower, pixels[8:], grids[1:])]
+    torch.testing.assert_close(together.merged, torch.cat([image.merged for image in alone]))
 
 
 def test_auto_classes_know_the_model(tmp_path) -> None:
