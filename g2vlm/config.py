@@ -432,7 +432,8 @@ PRESETS = {
     "paper_2b": G2VLMConfig.paper_2b,
 }
 
-_SMOL_TOKENS = TokenIds(bos=1, eos=2, vision_start=49152, vision_end=49153, recon_prompt=())
+_SMOL_PROMPT = (3733, 20546, 260, 216, 35, 52, 6621, 30)
+_SMOL_TOKENS = TokenIds(bos=1, eos=2, vision_start=49152, vision_end=49153, recon_prompt=_SMOL_PROMPT)
 _EMBEDDED_TOKENS = TokenIds(bos=0, eos=1, vision_start=2, vision_end=3, recon_prompt=(4, 5, 6, 7, 8, 9))
 _PARTS = ("decoder", "semantic_encoder", "geometry_encoder", "heads", "tokens")
 _CHOICES = {
