@@ -6,7 +6,6 @@ Quantised tensors become float32. The package `gguf` parses the file: lengths an
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +112,16 @@ def _short(value: float) -> float:
 
 
 class GGUFTensors:
-    """The tensors of a file in float32, queries and keys with their rows in transformers' order."""
+    """The tensors of a file in float32, queries and keys with their rows in transformers' order.
+
+    A file counts the axes of a tensor from the last.
+    """
 
     def __init__(self, reader: Any, num_heads: int, num_kv_heads: int):
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._heads = {"attn_q": num_heads, "attn_k": num_kv_heads}
-
-    @cached_property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Name -> float32 and shape; the file counts axes from the last."""
         shapes = {name: tuple(int(size) for size in reversed(t.shape)) for name, t in self._tensors.items()}
-        return {name: TensorSpec(torch.float32, shape) for name, shape in shapes.items()}
+        self.specs = {name: TensorSpec(torch.float32, shape) for name, shape in shapes.items()}
 
     def load(self, name: str) -> Tensor:
         """The tensor, a copy."""

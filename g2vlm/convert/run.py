@@ -33,6 +33,7 @@ COMPANIONS = (
 KEPT_COMPANIONS = ("chat_template.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json")
 """What still holds when the tokenizer is another one."""
 TOKENIZERS = ("tokenizer.json", "vocab.json", SPECIAL_IDS)
+Original = tuple[str, TensorSource, Callable[[TensorSource], TensorSource]]
 SHARD_BYTES = 5_000_000_000
 
 
@@ -86,7 +87,7 @@ class Conversion:
     written: TensorSource
     files: dict[str, dict[str, Any]]
     max_shard_bytes: int | None
-    originals: list[tuple[str, TensorSource, Callable[[TensorSource], TensorSource]]]
+    originals: list[Original]
     reopen: Callable[[Path], tuple[G2VLMConfig, TensorSource]]
     notes: list[str]
     companions: tuple[str, ...] = COMPANIONS
@@ -217,7 +218,7 @@ def _from_stock(
     base = _base(source, family, dinov2, preset)
     initial = open_initial(source, None if dinov2 is None else Path(dinov2), base, geometric_init, seed)
     stock = initial.stock
-    originals = [(f"{stock.title} tensors", stock.files, stock.original)]
+    originals: list[Original] = [(f"{stock.title} tensors", stock.files, stock.original)]
     if initial.dinov2 is not None:
         originals.append(("DINOv2 tensors", initial.dinov2, lambda w: w))
     return Conversion(

@@ -87,13 +87,14 @@ def extended_vocabulary(tokenizer: Tokenizer, vocab_size: int, chat_template: st
     taken = set(tokenizer.get_vocab().values())
     added = _missing(tokenizer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
-    if collisions := [token for token in added if tokenizer.token_to_id(token) in taken]:
+    vocabulary = tokenizer.get_vocab()
+    if collisions := [token for token in added if vocabulary[token] in taken]:
         raise CheckpointError(
             "the tokenizer's ids have gaps",
             f"{', '.join(collisions)} would get ids of other tokens",
             f"add them to the tokenizer, or put {SPECIAL_IDS} into the folder",
         )
-    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
+    ids = {name: vocabulary[token] for name, token in SPECIAL_TOKENS.items()}
     prompt = tuple(tokenizer.encode(RECON_PROMPT, add_special_tokens=False).ids)
     needed = max(ids.values()) + 1
     size = vocab_size if needed <= vocab_size else -(-needed // VOCABULARY_STEP) * VOCABULARY_STEP
