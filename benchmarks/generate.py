@@ -158,7 +158,7 @@ def official_prefill(model: G2VLMForConditionalGeneration, chat: Chat) -> tuple[
         moved = sequence.to(model.device)
         is_view, is_image = isinstance(segment, GeometryViews), isinstance(segment, SemanticImage)
         pixels = (next(patches), chat.grid) if is_image else (None, None)
-        semantic = model.embed_semantic(moved, *pixels)
+        semantic, _ = model.embed_semantic(moved, *pixels)
         embeddings = torch.cat([model.embed_views(chat.views if is_view else []), semantic])[moved.order]
         geometric = moved.order < moved.num_geometry
         indices = geometric.nonzero().flatten(), (~geometric).nonzero().flatten()

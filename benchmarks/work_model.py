@@ -108,7 +108,7 @@ def forward_flops(config: G2VLMConfig, work: Workload) -> dict[str, Flops]:
     global_points = config.heads.global_points and work.global_points
     return {
         "embedding": Flops(),
-        "semantic_encoder": tower_flops(config.semantic_encoder, dim, work.images),
+        "semantic_encoder": tower_flops(_tower(config), dim, work.images),
         "geometry_encoder": _geometry_encoder_flops(config, work.num_views, grid),
         "projection": _linear(patches, _geometry_width(config), dim),
         "decoder": decoder_flops(config, attention_plan(config, work)),
@@ -174,6 +174,13 @@ def tower_flops(config: SemanticEncoderConfig, output_dim: int, grids: Sequence[
     return flops
 
 
+def _tower(config: G2VLMConfig) -> SemanticEncoderConfig:
+    tower = config.semantic_encoder
+    if not isinstance(tower, SemanticEncoderConfig):
+        raise ValueError(f"the work model knows the qwen2_vl tower; this config has {tower.architecture}")
+    return tower
+
+
 def dino_flops(config: GeometryEncoderConfig, num_views: int, patches: int) -> Flops:
     """DINOv2; with the released windows, class and register tokens stay out of attention."""
     dim, tokens = config.hidden_size, 1 + config.num_registers + patches
@@ -184,7 +191,7 @@ def dino_flops(config: GeometryEncoderConfig, num_views: int, patches: int) -> F
 
 def _geometry_encoder_flops(config: G2VLMConfig, num_views: int, grid: Grid) -> Flops:
     if config.encoders == "single":
-        return tower_flops(config.semantic_encoder, config.hidden_size, [grid] * num_views)
+        return tower_flops(_tower(config), config.hidden_size, [grid] * num_views)
     return dino_flops(config.geometry_encoder, num_views, math.prod(grid))
 
 
@@ -239,7 +246,7 @@ def parameters(config: G2VLMConfig) -> dict[str, int]:
     dim, heads = config.hidden_size, config.heads
     return {
         "embedding": config.vocab_size * dim,
-        "semantic_encoder": _tower_parameters(config.semantic_encoder, dim),
+        "semantic_encoder": _tower_parameters(_tower(config), dim),
         "geometry_encoder": 0 if config.encoders == "single" else _dino_parameters(config.geometry_encoder),
         "projection": _weights(_geometry_width(config), dim),
         "decoder": _decoder_parameters(config),

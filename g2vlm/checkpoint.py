@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from g2vlm.companions import write_companions
 from g2vlm.config import PRESETS, G2VLMConfig
 from g2vlm.convert import g2vlm_release
-from g2vlm.convert.qwen2_vl import is_qwen2_vl
+from g2vlm.convert.stock import stock_family
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.model.loading import CONFIG, is_own_layout, own_config
@@ -166,10 +166,10 @@ def _is_own(folder: Path) -> bool:
         return True
     if g2vlm_release.is_release(folder):
         return False
-    if is_qwen2_vl(folder):
+    if family := stock_family(folder):
         raise CheckpointError(
-            f"{folder} holds a Qwen2-VL without geometry",
-            f"model_type in {CONFIG} is qwen2_vl",
+            f"{folder} holds a {family.title} without geometry",
+            f"that is what model_type in {CONFIG} says",
             "make an initial checkpoint: g2vlm convert SOURCE DESTINATION --geometry-encoder DINOV2",
         )
     raise CheckpointError(

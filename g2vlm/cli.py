@@ -61,14 +61,15 @@ def _add_device(parser: ArgumentParser) -> None:
 
 def _convert_parser() -> ArgumentParser:
     parser = _parser(
-        "Convert a checkpoint: released layout <-> ours, or Qwen2-VL + DINOv2 -> an initial checkpoint.",
+        "Convert a checkpoint: released layout <-> ours, or a stock Qwen-VL or text model -> an initial checkpoint.",
         "g2vlm convert G2VLM-2B-MoT models/g2vlm --check",
     )
-    parser.add_argument("source", type=Path, help="checkpoint folder")
+    parser.add_argument("source", type=Path, help="checkpoint folder, or a GGUF file")
     parser.add_argument("destination", type=Path, help="folder to write")
     parser.add_argument("--check", action="store_true", help="convert back and compare every tensor")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="storage precision; default: as in the source")
     parser.add_argument("--geometry-encoder", type=Path, help="DINOv2 weights for an initial checkpoint")
+    parser.add_argument("--preset", help="decides what the sources leave open; default: paper_2b, for text models smol")
     parser.add_argument("--dinov2", type=Path, help="public DINOv2 weights to compare the checkpoint's with")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     return parser

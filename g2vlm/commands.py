@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 disable_progress_bar()
 OPTIONAL = {
     "flash-attn": "flash", "xformers": "xformers", "deepspeed": "deepspeed", "peft": "lora", "av": "video",
-    "viser": "view", "webdataset": "data", "tensorboard": "log",
+    "viser": "view", "gguf": "gguf", "webdataset": "data", "tensorboard": "log",
 }  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def convert(args: Namespace) -> None:
         overwrite=args.overwrite,
         geometry_encoder=args.geometry_encoder,
         dinov2=args.dinov2,
+        preset=args.preset,
     )
     print(result)
 

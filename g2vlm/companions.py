@@ -2,14 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from g2vlm.config import EMBEDDED_TOKENS, G2VLMConfig
+from g2vlm.config import EMBEDDED_TOKENS, G2VLMConfig, VisionTowerConfig
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.processor import G2VLMProcessor, processor_fields
 from g2vlm.prompts import EMBEDDED, ChatTokenizer
-from g2vlm.semantic_images import MAX_PIXELS, MIN_PIXELS, SemanticRule
+from g2vlm.semantic_images import SemanticRule
 from g2vlm.weights import read_json
 
 PROCESSOR = "processor_config.json"
@@ -65,36 +66,39 @@ def processor_config(config: G2VLMConfig, rule: SemanticRule) -> dict[str, Any]:
 
 def preset_rule(config: G2VLMConfig) -> SemanticRule:
     """Image size of the presets: the aspect ratio kept, at most the area of a square twice as wide as the views."""
-    return SemanticRule.native(max_pixels=(2 * config.view_width) ** 2)
+    return SemanticRule.native(max_pixels=(2 * config.view_width) ** 2).for_tower(config.semantic_encoder)
 
 
 def released_rule(folder: Path) -> SemanticRule:
-    """The released code's squash to 768 x 768, with the limits of a folder's image processor.
+    """The released code's squash to 768 x 768, with the limits and normalisation of a folder's image processor.
 
     Raises:
         CheckpointError: its file is damaged.
     """
-    return _within_limits(folder, SemanticRule.official)
+    return _as_stored(folder, SemanticRule.official())
 
 
-def qwen2_vl_rule(folder: Path) -> SemanticRule:
-    """Qwen2-VL's dynamic resolution, with the limits of a folder's image processor.
+def stock_rule(folder: Path, tower: VisionTowerConfig) -> SemanticRule:
+    """The dynamic resolution of a stock Qwen-VL, with the limits and normalisation of its folder's image processor.
 
     Raises:
         CheckpointError: its file is damaged.
     """
-    return _within_limits(folder, SemanticRule.native)
+    return _as_stored(folder, SemanticRule.native().for_tower(tower))
 
 
-def _within_limits(folder: Path, rule: Any) -> SemanticRule:
+def _as_stored(folder: Path, rule: SemanticRule) -> SemanticRule:
     """Limits are stored as min_pixels and max_pixels, or by newer versions as the edges of `size`."""
     file = folder / PREPROCESSOR
     values = read_json(file) if file.is_file() else {}
     size = values.get("size") or {}
     try:
-        return rule(
-            values.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS,
-            values.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS,
+        return replace(
+            rule,
+            min_pixels=values.get("min_pixels") or size.get("shortest_edge") or rule.min_pixels,
+            max_pixels=values.get("max_pixels") or size.get("longest_edge") or rule.max_pixels,
+            mean=values.get("image_mean") or rule.mean,
+            std=values.get("image_std") or rule.std,
         )
     except (InputError, AttributeError) as error:
         raise CheckpointError(f"unusable {file}", str(error), "copy the file again") from None

@@ -1,4 +1,4 @@
-"""The shape of a model: a tree of frozen dataclasses inside a transformers config, and three presets.
+"""The shape of a model: a tree of frozen dataclasses inside a transformers config, and the presets.
 
 Every field has the value of the released 2B model as its default. Unknown keys are errors that name the nearest field.
 """
@@ -6,18 +6,19 @@ Every field has the value of the released 2B model as its default. Unknown keys 
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 from transformers import PreTrainedConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Normalisation of the geometry encoder's images."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Normalisation of the semantic encoder's images."""
+"""Normalisation of the images of Qwen2-VL's and Qwen2.5-VL's towers."""
 
 GeometryAttention = Literal["global", "block_causal", "frame", "mixed"]
 Windows = Literal["official", "per_image"]
 GeometricInit = Literal["random", "copy_semantic", "matching"]
+MropeLayout = Literal["blocks", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class DecoderConfig:
     rope_theta: float = 1e6
     mrope_sections: tuple[int, int, int] = (16, 24, 24)
     """Frequency slots that rotate by time, row and column; they add up to head_dim / 2."""
+    mrope_layout: MropeLayout = "blocks"
+    """`blocks`: the slots of time, then of rows, then of columns (Qwen2-VL, Qwen2.5-VL). `interleaved`: time, row,
+    column in turn, and what is left of time at the end (Qwen3-VL)."""
     semantic_qk_norm: bool = True
     """On in the release; off when the semantic expert comes from a stock Qwen-VL."""
     geometric_qk_norm: bool = True
@@ -52,24 +56,100 @@ class DecoderConfig:
         if self.geometric_init not in get_args(GeometricInit):
             allowed = ", ".join(get_args(GeometricInit))
             raise ValueError(f"decoder.geometric_init is {self.geometric_init!r}; allowed: {allowed}")
+        if self.mrope_layout not in get_args(MropeLayout):
+            allowed = ", ".join(get_args(MropeLayout))
+            raise ValueError(f"decoder.mrope_layout is {self.mrope_layout!r}; allowed: {allowed}")
         if sum(self.mrope_sections) * 2 != self.head_dim:
             raise ValueError(f"mrope_sections {self.mrope_sections} must add up to head_dim / 2 = {self.head_dim // 2}")
+        time, rows, columns = self.mrope_sections
+        if self.mrope_layout == "interleaved" and not time >= rows == columns:
+            raise ValueError(f"mrope_sections {self.mrope_sections} cannot take turns: rows and columns must be equal")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
 
 
 @dataclass(frozen=True)
-class SemanticEncoderConfig:
-    """The Qwen2-VL vision tower."""
+class VisionTowerConfig:
+    """What the vision towers of all Qwen-VL models have; each architecture has its own config below."""
 
+    image_mean: ClassVar[tuple[float, float, float]] = CLIP_MEAN
+    image_std: ClassVar[tuple[float, float, float]] = CLIP_STD
+    architecture: str = ""
     hidden_size: int = 1280
     num_layers: int = 32
     num_heads: int = 16
-    mlp_ratio: int = 4
     hidden_act: str = "quick_gelu"
     patch_size: int = 14
     merge_size: int = 2
     temporal_patch_size: int = 2
+
+    def video_times(self, num_steps: int, seconds_per_step: float) -> tuple[int, ...]:
+        """Temporal positions, counted from the first, of a video's `num_steps` pairs of frames.
+
+        Args:
+            num_steps: frames / temporal_patch_size.
+            seconds_per_step: temporal_patch_size / frames per second; counts only where positions are in seconds.
+        """
+        return tuple(range(num_steps))
+
+
+@dataclass(frozen=True)
+class SemanticEncoderConfig(VisionTowerConfig):
+    """The Qwen2-VL vision tower."""
+
+    architecture: str = "qwen2_vl"
+    mlp_ratio: int = 4
+
+
+@dataclass(frozen=True)
+class Qwen25VLTowerConfig(VisionTowerConfig):
+    """The Qwen2.5-VL vision tower: RMS norms, SwiGLU, attention within windows in most layers."""
+
+    architecture: str = "qwen2_5_vl"
+    hidden_act: str = "silu"
+    intermediate_size: int = 3420
+    window_size: int = 112
+    """Side of an attention window in pixels."""
+    full_attention_layers: tuple[int, ...] = (7, 15, 23, 31)
+    """Layers in which a whole image attends."""
+    tokens_per_second: float = 2.0
+    """Temporal positions per second of video."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
+
+    def video_times(self, num_steps: int, seconds_per_step: float) -> tuple[int, ...]:
+        """As documented in `VisionTowerConfig`; each step's time in whole positions, rounded down."""
+        interval = self.tokens_per_second * seconds_per_step
+        return tuple(int(step * interval) for step in range(num_steps))
+
+
+@dataclass(frozen=True)
+class Qwen3VLTowerConfig(VisionTowerConfig):
+    """The Qwen3-VL vision tower: learned positions resized to the image, features of several layers for the decoder.
+
+    Its videos are sequences of images, each behind a text with its time, so that they need no temporal positions.
+    """
+
+    image_mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    image_std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    architecture: str = "qwen3_vl"
+    hidden_size: int = 1152
+    num_layers: int = 27
+    hidden_act: str = "gelu_pytorch_tanh"
+    patch_size: int = 16
+    intermediate_size: int = 4304
+    num_positions: int = 2304
+    """Entries of the square table of learned positions."""
+    deepstack_layers: tuple[int, ...] = (8, 16, 24)
+    """Layers whose merged features are added to the image tokens after the decoder's first layers, one each."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "deepstack_layers", tuple(self.deepstack_layers))
+
+
+TOWERS = {kind().architecture: kind for kind in (SemanticEncoderConfig, Qwen25VLTowerConfig, Qwen3VLTowerConfig)}
+"""Name of an architecture -> its config."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +219,16 @@ def _build(kind: type[_Part], value: _Part | Mapping[str, Any] | None, name: str
     return kind(**values)
 
 
+def _build_tower(value: VisionTowerConfig | Mapping[str, Any] | None) -> VisionTowerConfig:
+    """The config of the named architecture; without a name, Qwen2-VL's."""
+    if isinstance(value, VisionTowerConfig):
+        return value
+    name = (value or {}).get("architecture", SemanticEncoderConfig.architecture)
+    if name not in TOWERS:
+        raise ValueError(f"semantic_encoder.architecture is {name!r}; allowed: {', '.join(TOWERS)}")
+    return _build(TOWERS[name], value, "semantic_encoder")
+
+
 def _refuse_unknown(keys: Iterable[str], known: list[str], prefix: str) -> None:
     for key in keys:
         if key not in known:
@@ -166,7 +256,7 @@ class G2VLMConfig(PreTrainedConfig):
     def __init__(
         self,
         decoder: DecoderConfig | Mapping[str, Any] | None = None,
-        semantic_encoder: SemanticEncoderConfig | Mapping[str, Any] | None = None,
+        semantic_encoder: VisionTowerConfig | Mapping[str, Any] | None = None,
         geometry_encoder: GeometryEncoderConfig | Mapping[str, Any] | None = None,
         heads: HeadsConfig | Mapping[str, Any] | None = None,
         tokens: TokenIds | Mapping[str, Any] | None = None,
@@ -177,7 +267,7 @@ class G2VLMConfig(PreTrainedConfig):
         **kwargs: Any,
     ):
         self.decoder = _build(DecoderConfig, decoder, "decoder")
-        self.semantic_encoder = _build(SemanticEncoderConfig, semantic_encoder, "semantic_encoder")
+        self.semantic_encoder = _build_tower(semantic_encoder)
         self.geometry_encoder = _build(GeometryEncoderConfig, geometry_encoder, "geometry_encoder")
         self.heads = _build(HeadsConfig, heads, "heads")
         self.tokens = _build(TokenIds, tokens, "tokens")
@@ -199,6 +289,14 @@ class G2VLMConfig(PreTrainedConfig):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        tower = self.semantic_encoder
+        if self.encoders == "single" and not isinstance(tower, SemanticEncoderConfig):
+            raise ValueError(f"encoders: single needs a qwen2_vl tower; semantic_encoder is {tower.architecture}")
+        if isinstance(tower, Qwen3VLTowerConfig) and len(tower.deepstack_layers) > self.decoder.num_layers:
+            raise ValueError(
+                f"semantic_encoder.deepstack_layers {tower.deepstack_layers} feed more than the decoder's "
+                f"{self.decoder.num_layers} layers"
+            )
 
     @property
     def hidden_size(self) -> int:
@@ -294,11 +392,55 @@ class G2VLMConfig(PreTrainedConfig):
         }
         return cls(**(parts | overrides))
 
+    @classmethod
+    def smol(cls, **overrides: Any) -> Self:
+        """The semantic expert has SmolLM2-135M's sizes: what `g2vlm convert` makes of that model.
 
-PRESETS = {"tiny": G2VLMConfig.tiny, "small": G2VLMConfig.small, "paper_2b": G2VLMConfig.paper_2b}
+        The vocabulary has two vision markers more, in a multiple of 64.
+        """
+        parts: dict[str, Any] = {
+            "decoder": DecoderConfig(
+                vocab_size=49216,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_layers=30,
+                num_heads=9,
+                num_kv_heads=3,
+                head_dim=64,
+                rms_norm_eps=1e-5,
+                rope_theta=1e5,
+                mrope_sections=(8, 12, 12),
+                semantic_qk_norm=False,
+                geometric_layer_scale=1.0,
+            ),
+            "semantic_encoder": SemanticEncoderConfig(hidden_size=384, num_layers=6, num_heads=6),
+            "geometry_encoder": GeometryEncoderConfig(
+                hidden_size=384,
+                num_layers=12,
+                num_heads=6,
+                image_size=224,
+                windows="per_image",
+                projection_init="normal",
+            ),
+            "heads": HeadsConfig(depth=3, num_heads=9, point_dim=512, camera_dim=256, normals="learned"),
+            "tokens": _SMOL_TOKENS,
+            "semantic_image_attention": "causal",
+        }
+        return cls(**(parts | overrides))
+
+
+PRESETS = {
+    "tiny": G2VLMConfig.tiny,
+    "small": G2VLMConfig.small,
+    "smol": G2VLMConfig.smol,
+    "paper_2b": G2VLMConfig.paper_2b,
+}
 
 EMBEDDED_TOKENS = TokenIds(bos=0, eos=1, vision_start=2, vision_end=3, recon_prompt=(4, 5, 6, 7, 8, 9))
 """Ids of the tokenizer in g2vlm/assets/tokenizer, for `tiny` and `small`."""
+
+_SMOL_PROMPT = (3733, 20546, 260, 216, 35, 52, 6621, 30)
+_SMOL_TOKENS = TokenIds(bos=1, eos=2, vision_start=49152, vision_end=49153, recon_prompt=_SMOL_PROMPT)
 _PARTS = ("decoder", "semantic_encoder", "geometry_encoder", "heads", "tokens")
 _CHOICES = {
     "encoders": ("dual", "single"),

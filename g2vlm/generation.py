@@ -74,7 +74,7 @@ def prefill(
         model: the model, on its device.
         segments: text, views and semantic images in order.
         views: per geometry segment, normalised images (S, 3, H, W) on the model's device.
-        pixel_values: (patches, 1176) of all semantic images, on the model's device.
+        pixel_values: (patches, 6 * patch_size^2) of all semantic images and videos, on the model's device.
         image_grid_thw: (images, 3) their grids in patches.
         predict_geometry: also decode points and cameras of the views, the same as without a question.
         after: a context that the segments continue; it stays as it is.

@@ -43,7 +43,8 @@ PLACEHOLDER = "<image>"
 class ModelInputs(BatchFeature):
     """Keyword arguments of the model's forward.
 
-    `sequence` and `views` always; `pixel_values` (patches, 1176) and `image_grid_thw` (images, 3) with semantic images.
+    `sequence` and `views` always; with semantic images `pixel_values` (patches, 6 * patch_size^2) and `image_grid_thw`
+    (images, 3).
     """
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "ModelInputs":  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,7 +81,7 @@ class G2VLMProcessor(ProcessorMixin):
         self,
         tokenizer: PreTrainedTokenizerFast,
         chat_template: str | None = None,
-        semantic_rule: Mapping[str, int | None] | None = None,
+        semantic_rule: Mapping[str, Any] | None = None,
         view_width: int = 518,
         views_prompt: str = RECON_PROMPT,
         geometry_attention: str = "global",

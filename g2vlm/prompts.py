@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from g2vlm.errors import CheckpointError
-from g2vlm.sequence import GeometryViews, Segment, SemanticImage, SpecialIds, Text
+from g2vlm.sequence import GeometryViews, Segment, SemanticImage, SemanticVideo, SpecialIds, Text
 
 SYSTEM = "You are a helpful assistant."
 RECON_PROMPT = "Reconstruct the 3D scene."
@@ -24,7 +24,7 @@ SPECIAL_TOKENS = {
 """Text of the fields of `SpecialIds`."""
 EMBEDDED = Path(__file__).parent / "assets" / "tokenizer"
 
-Part = str | GeometryViews | SemanticImage
+Part = str | GeometryViews | SemanticImage | SemanticVideo
 """What a question consists of."""
 
 
@@ -104,7 +104,7 @@ def chat_segments(tokenizer: ChatTokenizer, parts: Sequence[Part], answer: str |
 
     Args:
         tokenizer: of the checkpoint.
-        parts: text, geometry views and semantic images of the user's turn.
+        parts: text, geometry views, semantic images and videos of the user's turn.
         answer: what the model should say; None if it is to be asked.
     """
     turn: list[Part] = [

@@ -83,7 +83,33 @@ class SemanticImage:
         _check_grid("SemanticImage.grid", self.grid, self.merge)
 
 
-Segment = Text | GeometryViews | SemanticImage
+@dataclass(frozen=True)
+class SemanticVideo:
+    """One video for the semantic encoder: a start marker, the merged tokens step by step, an end marker.
+
+    A step is what the encoder makes one patch of in time: two frames. For Qwen3-VL a video is no such segment, but a
+    `Text` with the time and a `SemanticImage` for every step.
+
+    Args:
+        grid: (rows, columns) of each step in patches, before merging.
+        times: temporal position of every step, counted from the video's first; see `VisionTowerConfig.video_times`.
+        merge: side of the square of patches that becomes one token.
+
+    Raises:
+        ValueError: an empty grid, one that `merge` does not divide, no steps, or times that fall.
+    """
+
+    grid: Grid
+    times: tuple[int, ...]
+    merge: int = 2
+
+    def __post_init__(self) -> None:
+        _check_grid("SemanticVideo.grid", self.grid, self.merge)
+        if not self.times or self.times[0] < 0 or list(self.times) != sorted(self.times):
+            raise ValueError(f"SemanticVideo.times is {self.times}; it must hold rising positions from 0")
+
+
+Segment = Text | GeometryViews | SemanticImage | SemanticVideo
 Sample = Sequence[Segment]
 
 
@@ -191,7 +217,8 @@ class SequenceBuilder:
             `block_causal`: each view is its own full split and sees everything before it (training of the release).
             `frame`: each view sees itself and everything before it except the other views of its sample.
             In all three, what follows sees all views.
-        semantic_image_attention: `full`: an image and its markers are one full split. `causal`: they are like text.
+        semantic_image_attention: `full`: an image or video and its markers are one full split. `causal`: they are like
+            text.
         view_positions: `sequential`: each view starts where the one before stopped. `shared`: all views of a segment,
             markers included, start at one position; what follows starts as after the largest view alone, which is the
             largest id in use plus one, whatever the order of the views.
@@ -257,9 +284,10 @@ class SequenceBuilder:
     def _add(self, draft: "_Draft", segment: Segment) -> None:
         if isinstance(segment, Text):
             draft.add_split("causal", [self._text_run(segment, draft.position)])
-        elif isinstance(segment, SemanticImage):
-            rows, columns = segment.grid[0] // segment.merge, segment.grid[1] // segment.merge
-            draft.add_split(self.semantic_image_attention, self._wrapped("image", (rows, columns), draft.position))
+        elif isinstance(segment, SemanticImage | SemanticVideo):
+            merged = (segment.grid[0] // segment.merge, segment.grid[1] // segment.merge)
+            times = segment.times if isinstance(segment, SemanticVideo) else (0,)
+            draft.add_split(self.semantic_image_attention, self._wrapped("image", merged, draft.position, times))
         else:
             self._add_views(draft, segment)
 
@@ -283,12 +311,13 @@ class SequenceBuilder:
         labels, weight = (*ids[1:], IGNORED), 1 / math.sqrt(len(text.ids))
         return _Run("text", ids, text_positions(base, len(ids)), labels, weight)
 
-    def _wrapped(self, kind: "_Kind", grid: Grid, base: int) -> list["_Run"]:
-        """Start marker, one token per grid cell, end marker."""
+    def _wrapped(self, kind: "_Kind", grid: Grid, base: int, times: Sequence[int] = (0,)) -> list["_Run"]:
+        """Start marker, one token per time and grid cell, end marker."""
+        end = base + 1 + max(*grid, times[-1] + 1)
         return [
             _Run("text", (self.special.vision_start,), text_positions(base, 1)),
-            _Run(kind, (FILLER_ID,) * math.prod(grid), grid_positions(base + 1, *grid)),
-            _Run("text", (self.special.vision_end,), text_positions(base + 1 + max(grid), 1)),
+            _Run(kind, (FILLER_ID,) * (len(times) * math.prod(grid)), grid_positions(base + 1, *grid, times)),
+            _Run("text", (self.special.vision_end,), text_positions(end, 1)),
         ]
 
 
@@ -297,12 +326,12 @@ def text_positions(base: int, count: int) -> Tensor:
     return torch.arange(base, base + count).expand(3, -1)
 
 
-def grid_positions(base: int, rows: int, columns: int, times: int = 1) -> Tensor:
-    """(3, times * rows * columns) positions of a grid: base + its (time, row, column).
+def grid_positions(base: int, rows: int, columns: int, times: Sequence[int] = (0,)) -> Tensor:
+    """(3, len(times) * rows * columns) positions of a grid: base + its (time, row, column).
 
-    What follows starts at `base + max(times, rows, columns)`.
+    What follows starts one after the largest: at `base + max(times[-1] + 1, rows, columns)`.
     """
-    return base + torch.cartesian_prod(torch.arange(times), torch.arange(rows), torch.arange(columns)).T
+    return base + torch.cartesian_prod(torch.tensor(times), torch.arange(rows), torch.arange(columns)).T
 
 
 _Kind = Literal["text", "image", "geometry"]

@@ -1,13 +1,19 @@
-"""Config files of transformers' Qwen2-VL and DINOv2-with-registers classes, to and from the parts of ours.
+"""Config files of transformers' Qwen-VL, Llama, Qwen and DINOv2-with-registers classes, to and from the parts of ours.
 
 What our modules do not compute is refused by name and value; keys that do not touch the computation are passed over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from g2vlm.config import DecoderConfig, GeometryEncoderConfig, SemanticEncoderConfig
+from g2vlm.config import (
+    DecoderConfig,
+    GeometryEncoderConfig,
+    Qwen3VLTowerConfig,
+    Qwen25VLTowerConfig,
+    SemanticEncoderConfig,
+)
 from g2vlm.errors import CheckpointError
 
 _Kind = TypeVar("_Kind", int, float, str)
@@ -22,7 +28,8 @@ class Section:
 
     def read(self, key: str, kind: type[_Kind], default: _Kind | None = None) -> _Kind:
         """A text or a positive number; without a default it must be there."""
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        value = default if value is None else value
         if kind is float and type(value) is int:
             value = float(value)
         if isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, str) or value > 0):
@@ -30,6 +37,13 @@ class Section:
         found = "is missing" if value is None else f"is {value!r}"
         wanted = "a text" if kind is str else f"a positive {'whole ' if kind is int else ''}number"
         raise CheckpointError(f"unusable {self.name}", f"{key} {found}; it must be {wanted}", "restore the original")
+
+    def read_numbers(self, key: str, default: Sequence[int]) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        value = self.values.get(key, default)
+        if isinstance(value, Sequence) and all(type(number) is int for number in value):
+            return tuple(value)
+        raise CheckpointError(f"unusable {self.name}", f"{key} is {value!r}", "restore the original")
 
     def section(self, key: str) -> "Section":
         """A nested object; empty when absent."""
@@ -49,26 +63,44 @@ class Section:
             )
 
 
-def read_decoder(text: Section, **fixed: Any) -> DecoderConfig:
-    """Sizes of a Qwen2-VL text model; `fixed` sets fields that its file does not decide."""
+def read_decoder(text: Section, default_theta: float = 1e6, **fixed: Any) -> DecoderConfig:
+    """Sizes of a Qwen-VL's text model; `fixed` sets fields that its file does not decide."""
+    return _sizes(text, default_theta, mrope_sections=_mrope_sections(_rope(text), _head_dim(text)), **fixed)
+
+
+def read_text_decoder(text: Section, default_theta: float, **fixed: Any) -> DecoderConfig:
+    """Sizes of a text model, whose slots are divided among time, row and column as Qwen2-VL's (1 : 1.5 : 1.5).
+
+    The three positions of a text token are equal, so that the division changes nothing of what the model computes.
+    """
+    text.allow("mlp_bias", False, None)
+    slots = _head_dim(text) // 2
+    rows = slots * 3 // 8
+    return _sizes(text, default_theta, mrope_sections=(slots - 2 * rows, rows, rows), **fixed)
+
+
+def _sizes(text: Section, default_theta: float, **fixed: Any) -> DecoderConfig:
     text.allow("hidden_act", "silu")
     text.allow("use_sliding_window", False, None)
-    width, num_heads = text.read("hidden_size", int), text.read("num_attention_heads", int)
-    head_dim = text.read("head_dim", int, width // num_heads)
-    rope = _rope(text)
+    for kind in text.values.get("layer_types") or ():
+        Section({"layer_types": kind}, text.name).allow("layer_types", "full_attention")
+    num_heads = text.read("num_attention_heads", int)
     return DecoderConfig(
         vocab_size=text.read("vocab_size", int),
-        hidden_size=width,
+        hidden_size=text.read("hidden_size", int),
         intermediate_size=text.read("intermediate_size", int),
         num_layers=text.read("num_hidden_layers", int),
         num_heads=num_heads,
-        num_kv_heads=text.read("num_key_value_heads", int),
-        head_dim=head_dim,
+        num_kv_heads=text.read("num_key_value_heads", int, num_heads),
+        head_dim=_head_dim(text),
         rms_norm_eps=text.read("rms_norm_eps", float, 1e-5),
-        rope_theta=rope.read("rope_theta", float, text.read("rope_theta", float, 1e6)),
-        mrope_sections=_mrope_sections(rope, head_dim),
+        rope_theta=_rope(text).read("rope_theta", float, text.read("rope_theta", float, default_theta)),
         **fixed,
     )
+
+
+def _head_dim(text: Section) -> int:
+    return text.read("head_dim", int, text.read("hidden_size", int) // text.read("num_attention_heads", int))
 
 
 def _rope(text: Section) -> Section:
@@ -76,6 +108,7 @@ def _rope(text: Section) -> Section:
     rope = text.section("rope_parameters" if text.values.get("rope_parameters") else "rope_scaling")
     rope.allow("type", "mrope", "default")
     rope.allow("rope_type", "default", "mrope")
+    rope.allow("partial_rotary_factor", 1.0, None)
     return rope
 
 
@@ -106,6 +139,45 @@ def read_semantic_encoder(vision: Section, output_dim: int) -> SemanticEncoderCo
         merge_size=vision.read("spatial_merge_size", int, 2),
         temporal_patch_size=vision.read("temporal_patch_size", int, 2),
     )
+
+
+def read_qwen25_vl_tower(vision: Section, output_dim: int) -> Qwen25VLTowerConfig:
+    """Sizes of a Qwen2.5-VL vision tower that feeds a decoder of width `output_dim`."""
+    return Qwen25VLTowerConfig(
+        **_later_tower(vision, output_dim, hidden_size=3584, depth=32, act="silu", patch_size=14),
+        intermediate_size=vision.read("intermediate_size", int, 3420),
+        window_size=vision.read("window_size", int, 112),
+        full_attention_layers=vision.read_numbers("fullatt_block_indexes", (7, 15, 23, 31)),
+        tokens_per_second=vision.read("tokens_per_second", float, 4.0),
+    )
+
+
+def read_qwen3_vl_tower(vision: Section, output_dim: int) -> Qwen3VLTowerConfig:
+    """Sizes of a Qwen3-VL vision tower that feeds a decoder of width `output_dim`."""
+    return Qwen3VLTowerConfig(
+        **_later_tower(vision, output_dim, hidden_size=1152, depth=27, act="gelu_pytorch_tanh", patch_size=16),
+        intermediate_size=vision.read("intermediate_size", int, 4304),
+        num_positions=vision.read("num_position_embeddings", int, 2304),
+        deepstack_layers=vision.read_numbers("deepstack_visual_indexes", (8, 16, 24)),
+    )
+
+
+def _later_tower(
+    vision: Section, output_dim: int, *, hidden_size: int, depth: int, act: str, patch_size: int
+) -> dict[str, Any]:
+    """What the towers after Qwen2-VL's have in common, with transformers' defaults."""
+    vision.allow("in_channels", 3)
+    vision.allow("in_chans", 3)
+    vision.allow("out_hidden_size", output_dim)
+    return {
+        "hidden_size": vision.read("hidden_size", int, hidden_size),
+        "num_layers": vision.read("depth", int, depth),
+        "num_heads": vision.read("num_heads", int, 16),
+        "hidden_act": vision.read("hidden_act", str, act),
+        "patch_size": vision.read("patch_size", int, patch_size),
+        "merge_size": vision.read("spatial_merge_size", int, 2),
+        "temporal_patch_size": vision.read("temporal_patch_size", int, 2),
+    }
 
 
 def read_geometry_encoder(dino: Section, **fixed: Any) -> GeometryEncoderConfig:

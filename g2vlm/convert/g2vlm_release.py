@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from g2vlm.config import G2VLMConfig, HeadsConfig
+from g2vlm.config import G2VLMConfig, HeadsConfig, SemanticEncoderConfig
 from g2vlm.convert.configs import (
     Section,
     read_decoder,
@@ -21,7 +21,7 @@ from g2vlm.convert.configs import (
 )
 from g2vlm.convert.dinov2 import transformers_rules
 from g2vlm.convert.keymap import KeyMap, Rule, Translated, rule
-from g2vlm.convert.qwen2_vl import expert_rules
+from g2vlm.convert.stock import expert_rules
 from g2vlm.convert.tokens import read_tokens
 from g2vlm.errors import CheckpointError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -152,6 +152,7 @@ def write_config(config: G2VLMConfig) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             "this model does not fit the released layout", "; ".join(reasons), "keep it in the project's own layout"
         )
+    assert isinstance(config.semantic_encoder, SemanticEncoderConfig)
     parts = (
         write_decoder(config.decoder),
         write_semantic_encoder(config.semantic_encoder, config.hidden_size),
@@ -161,7 +162,7 @@ def write_config(config: G2VLMConfig) -> dict[str, dict[str, Any]]:
 
 
 def _obstacles(config: G2VLMConfig) -> list[str]:
-    decoder, heads, released = config.decoder, config.heads, HeadsConfig()
+    decoder, heads, released, encoder = config.decoder, config.heads, HeadsConfig(), config.semantic_encoder
     found = {
         f"encoders is {config.encoders}": config.encoders != "dual",
         "the semantic expert has no qk-norm": not decoder.semantic_qk_norm,
@@ -170,6 +171,8 @@ def _obstacles(config: G2VLMConfig) -> list[str]:
         f"heads.num_heads is {heads.num_heads}, not {released.num_heads}": heads.num_heads != released.num_heads,
         f"heads.rope_base is {heads.rope_base}, not {released.rope_base}": heads.rope_base != released.rope_base,
         "head_dim is not hidden_size / num_heads": decoder.head_dim * decoder.num_heads != decoder.hidden_size,
+        f"decoder.mrope_layout is {decoder.mrope_layout}": decoder.mrope_layout != "blocks",
+        f"the vision tower is {encoder.architecture}": not isinstance(encoder, SemanticEncoderConfig),
         "a patch is not 14 pixels": {config.geometry_encoder.patch_size, config.semantic_encoder.patch_size} != {14},
     }
     return [reason for reason, holds in found.items() if holds]

@@ -17,14 +17,15 @@ from g2vlm.companions import (
     PROCESSOR,
     TOKENIZER,
     has_tokenizer,
+    preset_rule,
     processor_config,
-    qwen2_vl_rule,
     released_rule,
+    stock_rule,
 )
-from g2vlm.config import G2VLMConfig
-from g2vlm.convert.initial import GeometricInit, open_initial
+from g2vlm.config import PRESETS, G2VLMConfig
+from g2vlm.convert.initial import GeometricInit, Initial, open_initial
 from g2vlm.convert.keymap import Translated
-from g2vlm.convert.qwen2_vl import is_qwen2_vl
+from g2vlm.convert.stock import FAMILIES, Family, Stock, stock_family
 from g2vlm.convert.tokens import SPECIAL_IDS, write_tokens
 from g2vlm.errors import CheckFailed, CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -36,7 +37,10 @@ from g2vlm.weights import TensorSource, WeightFiles, cast, compare, storage_dtyp
 log = logging.getLogger(__name__)
 
 COMPANIONS = (*TOKENIZER, PREPROCESSOR, "generation_config.json", SPECIAL_IDS)
+KEPT_COMPANIONS = ("chat_template.json", "chat_template.jinja", PREPROCESSOR, "generation_config.json")
+"""What still holds when the tokenizer is another one."""
 TOKENIZERS = ("tokenizer.json", "vocab.json", SPECIAL_IDS)
+Original = tuple[str, TensorSource, Callable[[TensorSource], TensorSource]]
 SHARD_BYTES = 5_000_000_000
 
 
@@ -81,6 +85,7 @@ class Conversion:
         originals: label, the source's tensors under their own names, and how to get those from the written folder.
         reopen: our tensors again, from the written folder.
         notes: what the user should know.
+        companions: files of the source to copy.
     """
 
     direction: str
@@ -89,9 +94,10 @@ class Conversion:
     written: TensorSource
     files: dict[str, dict[str, Any]]
     max_shard_bytes: int | None
-    originals: list[tuple[str, TensorSource, Callable[[TensorSource], TensorSource]]]
+    originals: list[Original]
     reopen: Callable[[Path], tuple[G2VLMConfig, TensorSource]]
     notes: list[str]
+    companions: tuple[str, ...] = COMPANIONS
 
 
 def convert(
@@ -104,15 +110,17 @@ def convert(
     geometry_encoder: str | Path | None = None,
     dinov2: str | Path | None = None,
     geometric_init: GeometricInit = "random",
+    preset: str | None = None,
     seed: int = 0,
 ) -> ConversionResult:
     """Convert a checkpoint folder; what the source is decides the direction.
 
-    Released layout -> ours; ours -> released layout; a Qwen2-VL with a DINOv2 -> an initial checkpoint in our layout.
+    Released layout -> ours; ours -> released layout; a stock Qwen-VL or text model -> an initial checkpoint in our
+    layout.
     Tensors are streamed one at a time into a temporary folder that is renamed at the end.
 
     Args:
-        source: the checkpoint.
+        source: the checkpoint folder, or a GGUF file.
         destination: the folder to make.
         check: convert back and compare every tensor with the source, and the outputs if the model is small.
         dtype: storage precision; by default each tensor keeps its own.
@@ -120,6 +128,7 @@ def convert(
         geometry_encoder: the DINOv2 of an initial checkpoint.
         dinov2: public DINOv2 weights to compare the checkpoint's with.
         geometric_init: how an initial checkpoint's geometric expert starts.
+        preset: what decides the sizes that an initial checkpoint's sources leave open.
         seed: of an initial checkpoint's random tensors.
 
     Raises:
@@ -130,7 +139,15 @@ def convert(
     source, destination = Path(source), Path(destination)
     if source.resolve() == destination.resolve():
         raise InputError("source and destination are the same folder", str(source), "choose another destination")
-    plan = _plan(source, geometry_encoder, geometric_init, seed)
+    if not source.exists():
+        raise InputError(f"no folder {source}", "there is nothing to convert", "give a checkpoint folder")
+    if is_own_layout(source) or release.is_release(source):
+        if geometry_encoder or preset:
+            given = "--geometry-encoder" if geometry_encoder else "--preset"
+            raise InputError(f"{source} has geometry of its own", "only a stock model takes another", f"drop {given}")
+        plan = _to_release(source) if is_own_layout(source) else _from_release(source)
+    else:
+        plan = _from_stock(source, geometry_encoder, preset, geometric_init, seed)
     specs = cast(plan.written.specs, dtype)
     num_bytes = sum(spec.num_bytes for spec in specs.values())
     result = ConversionResult(
@@ -153,34 +170,10 @@ def convert(
     return result
 
 
-def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: GeometricInit, seed: int) -> Conversion:
-    if not source.is_dir():
-        raise InputError(f"no folder {source}", "there is nothing to convert", "give a checkpoint folder")
-    known = is_own_layout(source) or release.is_release(source)
-    if not known and is_qwen2_vl(source):
-        if geometry_encoder is None:
-            raise InputError(
-                f"{source} holds a Qwen2-VL", "its geometry encoder must come from a DINOv2", "pass --geometry-encoder"
-            )
-        return _from_public(source, Path(geometry_encoder), geometric_init, seed)
-    if geometry_encoder is not None:
-        raise InputError(
-            f"{source} has a geometry encoder of its own", "only a Qwen2-VL takes another", "drop --geometry-encoder"
-        )
-    if is_own_layout(source):
-        return _to_release(source)
-    if release.is_release(source):
-        return _from_release(source)
-    raise CheckpointError(
-        f"no known checkpoint in {source}",
-        "it is neither in our layout, nor in the released one, nor a Qwen2-VL",
-        "give the folder that holds the checkpoint's config files",
-    )
-
-
-def _own_files(config: G2VLMConfig, source: Path, rule: SemanticRule) -> dict[str, dict[str, Any]]:
+def _own_files(config: G2VLMConfig, rule: SemanticRule | None) -> dict[str, dict[str, Any]]:
+    """Config files in our layout; a model without a tokenizer has no processor, and needs no rule."""
     config.architectures = [G2VLMForConditionalGeneration.__name__]
-    processor = {PROCESSOR: processor_config(config, rule)} if has_tokenizer(source) else {}
+    processor = {} if rule is None else {PROCESSOR: processor_config(config, rule)}
     return {CONFIG: config.to_diff_dict(), **processor}
 
 
@@ -192,7 +185,7 @@ def _from_release(source: Path) -> Conversion:
         config=config,
         ours=ours,
         written=ours,
-        files=_own_files(config, source, released_rule(source)),
+        files=_own_files(config, released_rule(source) if has_tokenizer(source) else None),
         max_shard_bytes=SHARD_BYTES,
         originals=[("tensors", WeightFiles(source), lambda w: Translated(w, keymap.to_theirs(w.specs)))],
         reopen=_reopen_own,
@@ -220,23 +213,66 @@ def _to_release(source: Path) -> Conversion:
     )
 
 
-def _from_public(source: Path, dinov2: Path, geometric_init: GeometricInit, seed: int) -> Conversion:
-    initial = open_initial(source, dinov2, geometric_init, seed)
-    keymap = initial.qwen.keymap
+def _from_stock(
+    source: Path, dinov2: str | Path | None, preset: str | None, geometric_init: GeometricInit, seed: int
+) -> Conversion:
+    family = stock_family(source)
+    if family is None:
+        raise CheckpointError(
+            f"no known checkpoint in {source}",
+            "it is neither in our layout, nor in the released one, nor one of "
+            + ", ".join(dict.fromkeys(known.title for known in FAMILIES.values())),
+            "give the folder that holds the checkpoint's config files, or a GGUF file",
+        )
+    base = _base(source, family, dinov2, preset)
+    initial = open_initial(source, None if dinov2 is None else Path(dinov2), base, geometric_init, seed)
+    stock = initial.stock
+    originals: list[Original] = [(f"{stock.title} tensors", stock.files, stock.original)]
+    if initial.dinov2 is not None:
+        originals.append(("DINOv2 tensors", initial.dinov2, lambda w: w))
     return Conversion(
-        direction="Qwen2-VL and DINOv2 -> an initial checkpoint in our layout",
+        direction=f"{stock.title}{' and DINOv2' if initial.dinov2 else ''} -> an initial checkpoint in our layout",
         config=initial.config,
         ours=initial.source,
         written=initial.source,
-        files=_own_files(initial.config, source, qwen2_vl_rule(source)),
+        files=_own_files(initial.config, _stock_rule(source, stock, initial.config)) | stock.vocabulary.files,
         max_shard_bytes=SHARD_BYTES,
-        originals=[
-            ("Qwen2-VL tensors", initial.qwen.files, lambda w: Translated(w, keymap.to_theirs(w.specs))),
-            ("DINOv2 tensors", initial.dinov2, lambda w: w),
-        ],
+        originals=originals,
         reopen=_reopen_own,
-        notes=[f"untrained: geometric expert {geometric_init}, geometry heads random, seed {seed}"],
+        notes=_notes(initial, geometric_init, seed),
+        companions=KEPT_COMPANIONS if stock.vocabulary.files else COMPANIONS,
     )
+
+
+def _stock_rule(source: Path, stock: Stock, config: G2VLMConfig) -> SemanticRule | None:
+    """How the images of an initial checkpoint are prepared; None without a tokenizer."""
+    if not (stock.vocabulary.files or has_tokenizer(source)):
+        return None
+    return preset_rule(config) if stock.semantic_encoder is None else stock_rule(source, stock.semantic_encoder)
+
+
+def _base(source: Path, family: Family, dinov2: str | Path | None, preset: str | None) -> G2VLMConfig:
+    """What decides the sizes that the sources leave open."""
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"no preset {preset}", f"presets: {', '.join(PRESETS)}", "correct --preset")
+    if family.read_tower is not None and dinov2 is None and preset is None:
+        raise InputError(
+            f"{source} holds a {family.title}",
+            "its geometry encoder must come from a DINOv2",
+            "pass --geometry-encoder, or --preset for a random one",
+        )
+    return PRESETS[preset or ("paper_2b" if family.read_tower else "smol")]()
+
+
+def _notes(initial: Initial, geometric_init: GeometricInit, seed: int) -> list[str]:
+    stock, untrained = initial.stock, [f"geometric expert {geometric_init}", "geometry heads random"]
+    untrained += ["geometry encoder random"] * (initial.dinov2 is None)
+    untrained += ["vision tower random"] * (stock.semantic_encoder is None)
+    notes = [f"untrained: {', '.join(untrained)}, seed {seed}"]
+    if stock.vocabulary.files:
+        rows = f"tables of {stock.num_rows} rows have {stock.vocabulary.size} now"
+        notes.append(f"special tokens were added to the tokenizer; {rows}")
+    return notes
 
 
 def _reopen_own(folder: Path) -> tuple[G2VLMConfig, TensorSource]:
@@ -249,7 +285,7 @@ def _reopen_own(folder: Path) -> tuple[G2VLMConfig, TensorSource]:
 
 def _write_companions(plan: Conversion, source: Path, staging: Path, dtype: torch.dtype) -> None:
     """Config files, and the tokenizer's and preprocessor's files as they are."""
-    for name in COMPANIONS:
+    for name in plan.companions:
         if (source / name).is_file():
             shutil.copyfile(source / name, staging / name)
     for name, values in plan.files.items():

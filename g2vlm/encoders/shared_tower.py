@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from g2vlm.compat import run_vision_tower
-from g2vlm.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, SemanticEncoderConfig
+from g2vlm.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, VisionTowerConfig
 
 
 class SharedTower(nn.Module):
@@ -15,7 +15,7 @@ class SharedTower(nn.Module):
 
     keeps_images_apart = True
 
-    def __init__(self, config: SemanticEncoderConfig, tower: nn.Module):
+    def __init__(self, config: VisionTowerConfig, tower: nn.Module):
         super().__init__()
         self.config = config
         self._tower = (tower,)  # in a tuple: the owner registers the parameters
@@ -31,7 +31,8 @@ class SharedTower(nn.Module):
         pixels = pixels.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (S, rows, cols, merge, merge, 3, patch, patch)
         pixels = pixels.unsqueeze(6).expand(*[-1] * 6, self.config.temporal_patch_size, -1, -1)
         grid_thw = torch.tensor([[1, rows * merge, cols * merge]] * num_views, device=images.device)
-        features, _ = run_vision_tower(self._tower[0], pixels.reshape(-1, pixels[0, 0, 0, 0, 0].numel()), grid_thw)
+        patches = pixels.reshape(-1, pixels[0, 0, 0, 0, 0].numel())
+        features = run_vision_tower(self._tower[0], patches, grid_thw).patches
         features = features.reshape(num_views, rows, cols, merge, merge, -1).transpose(2, 3)
         return features.reshape(num_views, rows * cols * merge * merge, -1)
 

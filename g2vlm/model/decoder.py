@@ -6,6 +6,9 @@ residual streams stay separate from the first layer to the last; only queries, k
 Shapes: G geometry tokens, U semantic tokens, T = G + U, D width, B rows that are decoded together.
 """
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +94,7 @@ class MoTDecoder(nn.Module):
         position_ids: Tensor,
         plan: AttnPlan,
         backend: str | None = None,
+        deepstack: Sequence[Tensor] = (),
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run both streams.
@@ -101,6 +105,7 @@ class MoTDecoder(nn.Module):
             position_ids: (3, T) time, row and column of every token, expert layout.
             plan: who sees whom, expert layout.
             backend: attention backend; None chooses.
+            deepstack: (U, D) each, added to the semantic stream after the first layers, one per layer (Qwen3-VL).
             cache: what the tokens continue; their own keys and values are appended to it.
 
         Returns:
@@ -109,9 +114,10 @@ class MoTDecoder(nn.Module):
         cos, sin = self._rotary(position_ids)
         dtype, stream_dtype = self.semantic_norm.weight.dtype, self._stream_dtype
         geometry, semantic = geometry.to(stream_dtype), semantic.to(stream_dtype)
-        caches = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
+        caches = () if cache is None else cache.layers
+        for layer, layer_cache, added in zip_longest(self.layers, caches, deepstack):
             geometry, semantic = layer(geometry, semantic, cos, sin, plan, backend, layer_cache)
+            semantic = semantic if added is None else semantic + added
         return self.geometric_norm(geometry).to(dtype), self.semantic_norm(semantic).to(dtype)
 
     def decode(self, tokens: Tensor, rows: Rows) -> Tensor:
@@ -126,7 +132,8 @@ class MoTDecoder(nn.Module):
 
     def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        return mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections)
+        interleaved = config.mrope_layout == "interleaved"
+        return mrope_table(position_ids, config.head_dim, config.rope_theta, config.mrope_sections, interleaved)
 
     @property
     def _stream_dtype(self) -> torch.dtype:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from g2vlm.compat import (
+    TOWER_BLOCKS,
     PackedGenerationMixin,
+    TowerOutput,
     build_vision_tower,
     complete_generation_config,
     run_vision_tower,
@@ -38,7 +40,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
 
     The forward pass:
         1. embeds text and markers;
-        2. encodes semantic images with the Qwen2-VL tower and puts them into their slots;
+        2. encodes semantic images with a Qwen-VL tower and puts them into their slots;
         3. encodes the views of each geometry segment and projects them to the decoder's width;
         4. runs both experts over the expert layout with one shared attention;
         5. predicts logits at the requested semantic tokens;
@@ -49,7 +51,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
     config: G2VLMConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     base_model_prefix = ""
     main_input_name = "sequence"
-    _no_split_modules = ["MoTLayer", "Block", "Qwen2VLVisionBlock", "FrameBlock", "ContextBlock"]  # noqa: RUF012
+    _no_split_modules = ["MoTLayer", "Block", *TOWER_BLOCKS, "FrameBlock", "ContextBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["point_head", "global_point_head", "camera_head", "normal_head", "confidence_head"]  # noqa: RUF012
 
     def __init__(self, config: G2VLMConfig):
@@ -118,7 +120,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
         Args:
             sequence: tokens, positions and attention plan of all samples.
             views: per geometry segment, normalised images (S, 3, H, W).
-            pixel_values: (patches, 1176) of all semantic images in sequence order; None without any.
+            pixel_values: (patches, 6 * patch_size^2) of all semantic images and videos in order; None without any.
             image_grid_thw: (images, 3) their grids in patches.
             logits_at: (n,) semantic tokens to predict the next token at; None for no logits.
             predict_geometry: run the geometry heads.
@@ -127,13 +129,15 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
             cache: keys and values of the tokens that the sequence continues; it is not changed.
             use_cache: return the keys and values of all tokens, these included.
         """
-        semantic = self.embed_semantic(sequence, pixel_values, image_grid_thw)
+        semantic, deepstack = self.embed_semantic(sequence, pixel_values, image_grid_thw)
         geometry = self.embed_views(views)
         self._check(sequence, geometry, cache)
         grown = None
         if cache is not None or use_cache:
             grown = KVCache.empty(self.config.decoder.num_layers) if cache is None else cache.copy()
-        geometry, semantic = self.decoder(geometry, semantic, sequence.position_ids, sequence.plan, backend, grown)
+        geometry, semantic = self.decoder(
+            geometry, semantic, sequence.position_ids, sequence.plan, backend, deepstack, grown
+        )
         predictions = None
         if predict_geometry and sequence.num_geometry:
             predictions = self.decode_geometry(geometry, sequence, predict_global_points)
@@ -151,23 +155,29 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
 
     def embed_semantic(
         self, sequence: PackedSequence, pixel_values: Tensor | None, image_grid_thw: Tensor | None
-    ) -> Tensor:
-        """Text and marker embeddings with the merged image tokens in their slots: (U, D)."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Text and marker embeddings with the merged image tokens in their slots, and a tower's deep-stack features.
+
+        Returns:
+            (U, D), and per deep-stack layer (U, D) that is zero outside the image slots.
+        """
         embeddings = self.embed_tokens(sequence.semantic_ids)
         if pixel_values is None or image_grid_thw is None:
-            merged = embeddings.new_zeros(0, embeddings.shape[1])
+            merged, deepstack = embeddings.new_zeros(0, embeddings.shape[1]), ()
         else:
-            merged = self.encode_images(pixel_values, image_grid_thw)
+            _, merged, deepstack = self.encode_images(pixel_values, image_grid_thw)
         if merged.shape[0] != sequence.image_slots.shape[0]:
             raise ValueError(
                 f"pixel_values give {merged.shape[0]} image tokens; "
                 f"the sequence has {sequence.image_slots.shape[0]} slots"
             )
-        return embeddings.index_copy(0, sequence.image_slots, merged.to(embeddings.dtype))
+        slots, zeros = sequence.image_slots, torch.zeros_like(embeddings)
+        added = [zeros.index_copy(0, slots, features.to(zeros.dtype)) for features in deepstack]
+        return embeddings.index_copy(0, slots, merged.to(embeddings.dtype)), added
 
-    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Patches (n, 1176) of images with grids (images, 3) -> merged image tokens (V, D)."""
-        return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)[1]
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> TowerOutput:
+        """Patches (n, 6 * patch_size^2) of images and videos, their grids (images, 3) -> what the tower makes of them."""
+        return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)
 
     def embed_views(self, views: Sequence[Tensor]) -> Tensor:
         """Geometry tokens of all segments, view by view, row by row: (G, D)."""

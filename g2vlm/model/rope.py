@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def mrope_table(position_ids: Tensor, head_dim: int, theta: float, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
+def mrope_table(
+    position_ids: Tensor, head_dim: int, theta: float, sections: Sequence[int], interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles position * theta^(-2i / D), i < D / 2, the half table repeated twice.
 
     Args:
@@ -18,6 +20,8 @@ def mrope_table(position_ids: Tensor, head_dim: int, theta: float, sections: Seq
         head_dim: D.
         theta: base of the frequencies.
         sections: numbers of frequencies that follow the temporal, row and column position, in this order.
+        interleaved: time, row and column take turns, slot by slot, and time has the slots after the last turn
+            (Qwen3-VL); rows and columns have equally many.
 
     Returns:
         cos and sin, each (T, D) fp32.
@@ -27,8 +31,14 @@ def mrope_table(position_ids: Tensor, head_dim: int, theta: float, sections: Seq
     """
     if len(sections) != 3 or 2 * sum(sections) != head_dim:
         raise ValueError(f"sections {tuple(sections)} must be three numbers that add up to half of head_dim {head_dim}")
-    parts = torch.split(_angles(position_ids, head_dim, theta), list(sections), dim=-1)  # 3 x (3, T, section)
-    half = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)  # (T, D / 2)
+    angles = _angles(position_ids, head_dim, theta)  # (3, T, D / 2)
+    if interleaved:
+        in_turn = 3 * sections[1]
+        turns = angles[..., :in_turn].unflatten(-1, (-1, 3)).diagonal(dim1=0, dim2=-1)  # (T, sections[1], 3)
+        half = torch.cat([turns.flatten(-2), angles[0, :, in_turn:]], dim=-1)
+    else:
+        parts = torch.split(angles, list(sections), dim=-1)  # 3 x (3, T, section)
+        half = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)  # (T, D / 2)
     return _cos_sin(half.repeat(1, 2))
 
 

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoProcessor
 
 from g2vlm.checkpoint import load_model, random_model, read_config, save_model
-from g2vlm.companions import qwen2_vl_rule, released_rule, write_companions
-from g2vlm.config import G2VLMConfig, TokenIds
+from g2vlm.companions import released_rule, stock_rule, write_companions
+from g2vlm.config import G2VLMConfig, SemanticEncoderConfig, TokenIds
 from g2vlm.convert import convert
 from g2vlm.convert.g2vlm_release import CONFIG_FILES
 from g2vlm.errors import CheckpointError
@@ -109,7 +109,7 @@ def test_without_a_tokenizer_there_is_no_processor(release: Path, tmp_path: Path
 def test_limits_of_the_image_processor(tmp_path: Path, stored: dict, limits: tuple[int, int]) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
     assert released_rule(tmp_path) == SemanticRule.official(*limits)
-    assert qwen2_vl_rule(tmp_path) == SemanticRule.native(*limits)
+    assert stock_rule(tmp_path, SemanticEncoderConfig()) == SemanticRule.native(*limits)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"max_pixels": "many"}', '{"max_pixels": 1}', '{"size": 3}'])

@@ -8,9 +8,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, GenerationMixin
 
 from g2vlm.compat import build_vision_tower, complete_generation_config, run_vision_tower
-from g2vlm.config import G2VLMConfig, SemanticEncoderConfig, TokenIds
+from g2vlm.config import (
+    G2VLMConfig,
+    Qwen3VLTowerConfig,
+    Qwen25VLTowerConfig,
+    SemanticEncoderConfig,
+    TokenIds,
+    VisionTowerConfig,
+)
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 
+TOWER_PARTS = ("patch_embed", "pos_embed", "blocks", "merger", "deepstack_merger_list")
 CONFIG = SemanticEncoderConfig(hidden_size=32, num_layers=2, num_heads=2)
 
 
@@ -39,13 +47,42 @@ def test_tower_has_the_released_names_and_shapes(tower: nn.Module) -> None:
 def test_images_do_not_see_each_other(tower: nn.Module) -> None:
     grids = torch.tensor([[1, 4, 2], [1, 2, 2]])
     pixels = torch.randn(12, 1176)
-    patches, merged = run_vision_tower(tower, pixels, grids)
-    assert patches.shape == (12, 32)
-    assert merged.shape == (3, 24)
-    alone = torch.cat(
-        [run_vision_tower(tower, pixels[:8], grids[:1])[1], run_vision_tower(tower, pixels[8:], grids[1:])[1]]
-    )
-    torch.testing.assert_close(merged, alone)
+    together = run_vision_tower(tower, pixels, grids)
+    assert together.patches.shape == (12, 32)
+    assert together.merged.shape == (3, 24)
+    alone = [run_vision_tower(tower, pixels[:8], grids[:1]), run_vision_tower(tower, pixels[8:], grids[1:])]
+    torch.testing.assert_close(together.merged, torch.cat([image.merged for image in alone]))
+
+
+@pytest.mark.parametrize(
+    ("config", "norm", "extra"),
+    [
+        (Qwen25VLTowerConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=40), "norm1.weight", 0),
+        (
+            Qwen3VLTowerConfig(
+                hidden_size=32, num_layers=2, num_heads=2, intermediate_size=40, num_positions=16, patch_size=14,
+                deepstack_layers=(0,),
+            ),
+            "norm1.bias",
+            1,
+        ),
+    ],
+    ids=["qwen2_5_vl", "qwen3_vl"],
+)  # fmt: skip
+@torch.inference_mode()
+def test_later_towers(config: VisionTowerConfig, norm: str, extra: int) -> None:
+    """Images and the steps of a video are encoded one by one, whatever the architecture."""
+    tower = build_vision_tower(config, output_dim=24).eval()
+    names = dict(tower.named_parameters())
+    assert f"blocks.1.{norm}" in names
+    assert all(name.split(".")[0] in TOWER_PARTS for name in names)
+    pixels = torch.randn(3 * 24 + 8, 1176)
+    together = run_vision_tower(tower, pixels, torch.tensor([[3, 4, 6], [1, 2, 4]]))
+    assert together.merged.shape == (20, 24)
+    assert [features.shape for features in together.deepstack] == [(20, 24)] * extra
+    alone = [run_vision_tower(tower, step, torch.tensor([[1, 4, 6]])).merged for step in pixels[:72].split(24)]
+    alone.append(run_vision_tower(tower, pixels[72:], torch.tensor([[1, 2, 4]])).merged)
+    torch.testing.assert_close(together.merged, torch.cat(alone))
 
 
 def test_auto_classes_know_the_model(tmp_path) -> None:

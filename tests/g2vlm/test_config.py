@@ -2,7 +2,15 @@
 
 import pytest
 
-from g2vlm.config import PRESETS, DecoderConfig, G2VLMConfig, HeadsConfig
+from g2vlm.config import (
+    PRESETS,
+    TOWERS,
+    DecoderConfig,
+    G2VLMConfig,
+    HeadsConfig,
+    Qwen3VLTowerConfig,
+    Qwen25VLTowerConfig,
+)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -10,6 +18,15 @@ def test_round_trip_through_a_folder(preset: str, tmp_path) -> None:
     config = PRESETS[preset](geometry_attention="mixed")
     config.save_pretrained(tmp_path)
     assert G2VLMConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("architecture", sorted(TOWERS))
+def test_towers_survive_a_folder(architecture: str, tmp_path) -> None:
+    config = G2VLMConfig.tiny(semantic_encoder={"architecture": architecture, "num_layers": 3})
+    config.save_pretrained(tmp_path)
+    again = G2VLMConfig.from_pretrained(tmp_path).semantic_encoder
+    assert again == config.semantic_encoder
+    assert type(again) is TOWERS[architecture]
 
 
 def test_defaults_are_the_released_model() -> None:
@@ -28,6 +45,15 @@ def test_views_have_the_width_of_the_geometry_encoder_in_whole_patches() -> None
     ("kwargs", "message"),
     [
         ({"decoder": {"hiden_size": 3}}, "decoder.hiden_size; did you mean decoder.hidden_size"),
+        ({"semantic_encoder": {"architecture": "clip"}}, "semantic_encoder.architecture is 'clip'; allowed: qwen2_vl"),
+        ({"semantic_encoder": {"window_size": 3}}, "unknown config key semantic_encoder.window_size"),
+        ({"semantic_encoder": Qwen25VLTowerConfig(), "encoders": "single"}, "single needs a qwen2_vl tower"),
+        (
+            {"semantic_encoder": Qwen3VLTowerConfig(), "decoder": {"num_layers": 2}},
+            r"deepstack_layers \(8, 16, 24\) feed more",
+        ),
+        ({"decoder": {"mrope_layout": "mixed"}}, "decoder.mrope_layout is 'mixed'"),
+        ({"decoder": {"mrope_layout": "interleaved", "mrope_sections": (16, 20, 28)}}, "cannot take turns"),
         ({"heds": {}}, "unknown config key heds"),
         ({"geometry_attention": "local"}, "geometry_attention is 'local'; allowed: global"),
         ({"decoder": DecoderConfig(mrope_sections=(16, 24, 24), head_dim=128, hidden_size=1544)}, "multiple of 4"),

@@ -96,7 +96,7 @@ def test_single_encoder_sees_clip_normalised_pixels() -> None:
     )
     patches = clip.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).reshape(4, 3, 1, 14, 14)
     pixel_values = patches.expand(-1, -1, 2, -1, -1).reshape(4, -1)  # one merge block: row-major already
-    expected, _ = compat.run_vision_tower(tower, pixel_values, torch.tensor([[1, 2, 2]]))
+    expected = compat.run_vision_tower(tower, pixel_values, torch.tensor([[1, 2, 2]])).patches
     torch.testing.assert_close(encoder(imagenet)[0], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -14,8 +14,7 @@ def turned(vector: list[float], angles: list[float]) -> list[float]:
     return [pair.real for pair in pairs] + [pair.imag for pair in pairs]
 
 
-def mrope_reference(x: Tensor, positions: Tensor, theta: float, sections: tuple[int, int, int]) -> Tensor:
-    axis_of_slot = [0] * sections[0] + [1] * sections[1] + [2] * sections[2]
+def mrope_reference(x: Tensor, positions: Tensor, theta: float, axis_of_slot: list[int]) -> Tensor:
     out = torch.empty_like(x)
     for token in range(x.shape[0]):
         angles = [float(positions[axis, token]) * theta ** (-2 * i / x.shape[2]) for i, axis in enumerate(axis_of_slot)]
@@ -31,9 +30,21 @@ def test_mrope_equals_complex_rotation(sections: tuple[int, int, int], theta: fl
     x = torch.randn(7, 2, head_dim)
     cos, sin = mrope_table(positions, head_dim, theta, sections)
     assert cos.shape == sin.shape == (7, head_dim)
+    axis_of_slot = [0] * sections[0] + [1] * sections[1] + [2] * sections[2]
     torch.testing.assert_close(
-        apply_rotary(x, cos, sin), mrope_reference(x, positions, theta, sections), rtol=1e-4, atol=1e-4
+        apply_rotary(x, cos, sin), mrope_reference(x, positions, theta, axis_of_slot), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("sections", "axis_of_slot"), [((4, 2, 2), [0, 1, 2, 0, 1, 2, 0, 0]), ((1, 1, 1), [0, 1, 2]), ((2, 0, 0), [0, 0])]
+)
+def test_interleaved_mrope_equals_complex_rotation(sections: tuple[int, int, int], axis_of_slot: list[int]) -> None:
+    head_dim = 2 * sum(sections)
+    positions, x = torch.randint(0, 200, (3, 7)), torch.randn(7, 2, head_dim)
+    cos, sin = mrope_table(positions, head_dim, 1e4, sections, interleaved=True)
+    expected = mrope_reference(x, positions, 1e4, axis_of_slot)
+    torch.testing.assert_close(apply_rotary(x, cos, sin), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mrope_table_is_fp32_even_in_bf16_and_keeps_the_dtype_of_x() -> None:

@@ -13,6 +13,7 @@ from g2vlm.sequence import (
     Sample,
     SampleRange,
     SemanticImage,
+    SemanticVideo,
     SequenceBuilder,
     Text,
 )
@@ -265,3 +266,26 @@ def test_to_moves_every_tensor() -> None:
 def test_bad_input_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_video_is_one_image_with_times() -> None:
+    """Every step has its time; the end marker and the text follow the largest position of the three."""
+    video = SemanticVideo((4, 6), (0, 2, 5))
+    packed = SequenceBuilder(SPECIAL).build([[Text((9,)), video, Text((8,))]])
+    assert packed.image_slots.tolist() == list(range(2, 20))
+    times, rows, columns = packed.position_ids[:, packed.order].tolist()
+    assert times == [0, 1, *[2] * 6, *[4] * 6, *[7] * 6, 8, 9]
+    assert rows == [0, 1, *[2, 2, 2, 3, 3, 3] * 3, 8, 9]
+    assert columns == [0, 1, *[2, 3, 4] * 6, 8, 9]
+    full = packed.plan.mask()[1:21, 1:21]
+    assert full.all()
+    causal = SequenceBuilder(SPECIAL, semantic_image_attention="causal").build([[video]])
+    assert causal.plan.mask().equal(torch.ones(20, 20, dtype=torch.bool).tril())
+    flat = SequenceBuilder(SPECIAL).build([[SemanticVideo((4, 12), (0, 1)), Text((8,))]])
+    assert flat.next_positions == (9,)
+
+
+@pytest.mark.parametrize("times", [(), (1, 0), (-1, 0)])
+def test_times_rise(times: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"SemanticVideo\.times"):
+        SemanticVideo((2, 2), times)
