@@ -77,10 +77,10 @@ class SemanticRule:
 
 
 def _colour(name: str, values: object) -> tuple[float, ...]:
-    numbers = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
-    if not numbers or len(values) != 3:
+    numbers = tuple(values) if isinstance(values, list | tuple) else ()
+    if len(numbers) != 3 or not all(isinstance(value, int | float) for value in numbers):
         raise InputError("unusable rule for semantic images", f"{name} is {values}", "give three numbers")
-    return tuple(values)
+    return numbers
 
 
 def smart_size(size: tuple[int, int], min_pixels: int, max_pixels: int, unit: int) -> tuple[int, int]:

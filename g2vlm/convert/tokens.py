@@ -70,7 +70,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     return extended_vocabulary(tokenizer.backend_tokenizer, vocab_size, tokenizer.chat_template)
 
 
-def extended_vocabulary(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None) -> Vocabulary:
+def extended_vocabulary(tokenizer: Tokenizer, vocab_size: int, chat_template: object) -> Vocabulary:
     """The vocabulary of a tokenizer to which our special tokens are added; tables grow to a multiple of 64 rows.
 
     Raises:

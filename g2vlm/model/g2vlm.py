@@ -176,7 +176,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
         return embeddings.index_copy(0, slots, merged.to(embeddings.dtype)), added
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> TowerOutput:
-        """Patches (n, 6 * patch_size^2) of images and videos, their grids (images, 3) -> what the tower makes of them."""
+        """Patches (n, 6 * patch_size^2) of images and videos with grids (images, 3) -> the tower's features."""
         return run_vision_tower(self.semantic_encoder, pixel_values, image_grid_thw)
 
     def embed_views(self, views: Sequence[Tensor]) -> Tensor:

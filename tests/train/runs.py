@@ -26,7 +26,7 @@ def mini_config(**changes: Any) -> G2VLMConfig:
     """The tiny preset with one or two layers everywhere."""
     tiny = G2VLMConfig.tiny()
     return G2VLMConfig.tiny(
-        decoder=replace(tiny.decoder, num_layers=2, vocab_size=16),
+        decoder=replace(tiny.decoder, num_layers=2),
         geometry_encoder=replace(tiny.geometry_encoder, num_layers=1, image_size=28),
         semantic_encoder=replace(tiny.semantic_encoder, num_layers=1),
         heads=replace(tiny.heads, depth=1),
