@@ -1,15 +1,24 @@
 """A small random model in float64 and chats of every shape for it, with the pixels that they need."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from math import prod
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from g2vlm.config import DecoderConfig, G2VLMConfig, GeometryEncoderConfig, HeadsConfig, SemanticEncoderConfig, TokenIds
+from g2vlm.config import (
+    DecoderConfig,
+    G2VLMConfig,
+    GeometryEncoderConfig,
+    HeadsConfig,
+    Qwen3VLTowerConfig,
+    SemanticEncoderConfig,
+    TokenIds,
+)
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.sequence import (
     GeometryAttention,
@@ -18,6 +27,7 @@ from g2vlm.sequence import (
     Segment,
     SemanticImage,
     SemanticImageAttention,
+    SemanticVideo,
     Text,
     ViewPositions,
 )
@@ -34,6 +44,7 @@ CHATS: dict[str, Sample] = {
     "chat": (HEADER, VIEWS, *IMAGES, QUESTION),
     "recon": (HEADER, VIEWS),
     "images": (HEADER, IMAGES[0], Text((13,)), IMAGES[1], QUESTION),
+    "video": (HEADER, SemanticVideo((4, 2), times=(0, 2, 5)), QUESTION),
     "text": (HEADER, QUESTION),
     "late views": (HEADER, IMAGES[1], Text((14, 15)), VIEWS, Text((16,)), OTHER_VIEWS, QUESTION),
 }
@@ -50,6 +61,23 @@ KINDS: list[tuple[str, str, str]] = list(
 @torch.inference_mode(mode=False)
 def chat_model(geometry: str = "global", images: str = "full", positions: str = "sequential"):
     """A model in float64 whose answers differ from question to question and do not end; one for equal arguments."""
+    return _random_model(_config(geometry, images, positions))
+
+
+@cache
+@torch.inference_mode(mode=False)
+def deepstack_model():
+    """The same in the way of Qwen3-VL: interleaved rotation, features of two tower layers added in the decoder."""
+    config = _config("global", "causal", "sequential")
+    config.decoder = replace(config.decoder, mrope_layout="interleaved", mrope_sections=(2, 1, 1))
+    config.semantic_encoder = Qwen3VLTowerConfig(
+        hidden_size=32, num_layers=2, num_heads=2, intermediate_size=40, num_positions=16, patch_size=14,
+        deepstack_layers=(0, 1),
+    )  # fmt: skip
+    return _random_model(config)
+
+
+def _config(geometry: str, images: str, positions: str) -> G2VLMConfig:
     decoder = DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -61,7 +89,7 @@ def chat_model(geometry: str = "global", images: str = "full", positions: str = 
         mrope_sections=(1, 1, 2),
         geometric_layer_scale=0.5,
     )
-    config = G2VLMConfig(
+    return G2VLMConfig(
         decoder=decoder,
         semantic_encoder=SemanticEncoderConfig(hidden_size=32, num_layers=1, num_heads=2),
         geometry_encoder=GeometryEncoderConfig(
@@ -73,6 +101,9 @@ def chat_model(geometry: str = "global", images: str = "full", positions: str = 
         semantic_image_attention=images,  # pyright: ignore[reportArgumentType]
         view_positions=positions,  # pyright: ignore[reportArgumentType]
     )
+
+
+def _random_model(config: G2VLMConfig) -> G2VLMForConditionalGeneration:
     torch.manual_seed(0)
     model = G2VLMForConditionalGeneration(config).double().eval()
     for name, parameter in model.named_parameters():
@@ -106,6 +137,9 @@ def pixels(segments: Iterable[Segment]) -> Pixels:
         elif isinstance(segment, SemanticImage):
             patches.append(_random(segment.grid[0] * segment.grid[1], 1176))
             grids.append((1, *segment.grid))
+        elif isinstance(segment, SemanticVideo):
+            grids.append((len(segment.times), *segment.grid))
+            patches.append(_random(prod(grids[-1]), 1176))
     if not grids:
         return Pixels(views, None, None)
     return Pixels(views, torch.cat(patches), torch.tensor(grids))

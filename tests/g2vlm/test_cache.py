@@ -10,7 +10,18 @@ from g2vlm.generation import Prefix, prefill
 from g2vlm.model.cache import KVCache, Rows
 from g2vlm.processing import sequence_builder
 from g2vlm.sequence import Sample, Text
-from tests.g2vlm.chats import CHATS, HEADER, KINDS, PACKS, QUESTION, VIEWS, chat_model, pack_inputs, pixels
+from tests.g2vlm.chats import (
+    CHATS,
+    HEADER,
+    KINDS,
+    PACKS,
+    QUESTION,
+    VIEWS,
+    chat_model,
+    deepstack_model,
+    pack_inputs,
+    pixels,
+)
 
 kind_ = pytest.mark.parametrize("kind", KINDS, ids="-".join)
 pack_ = pytest.mark.parametrize("samples", [pytest.param(samples, id=name) for name, samples in PACKS.items()])
@@ -27,7 +38,27 @@ def last_logits(model, sequence, **inputs) -> Tensor:
 @torch.inference_mode()
 def test_cached_decoding_equals_uncached(kind: tuple[str, str, str], samples: list[Sample]) -> None:
     """Token by token in rows of different lengths, against one forward over everything that was said so far."""
-    model, inputs = chat_model(*kind), pack_inputs(samples)
+    assert_cached_decoding_equals_uncached(chat_model(*kind), samples)
+
+
+@pack_
+@torch.inference_mode()
+def test_cached_decoding_with_interleaved_rotation_and_deepstack(samples: list[Sample]) -> None:
+    assert_cached_decoding_equals_uncached(deepstack_model(), samples)
+
+
+@torch.inference_mode()
+def test_images_that_continue_a_cache_bring_their_deepstack_features() -> None:
+    model, chat = deepstack_model(), CHATS["images"]
+    prefix = prefill(model, chat[:3], **pixels(chat[:3]).as_dict())
+    prefix = prefill(model, chat[3:], **pixels(chat[3:]).as_dict(), after=prefix)
+    whole = prefill(model, chat, **pixels(chat).as_dict())
+    for one, other in zip(tensors(prefix), tensors(whole), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def assert_cached_decoding_equals_uncached(model, samples: list[Sample]) -> None:
+    inputs = pack_inputs(samples)
     builder = sequence_builder(model.config)
     sequence = builder.build(samples)
     output = model(sequence=sequence, use_cache=True, **inputs)

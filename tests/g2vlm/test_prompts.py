@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from g2vlm.errors import CheckpointError
 from g2vlm.prompts import EMBEDDED, SPECIAL_TOKENS, SYSTEM, ChatTokenizer, chat_segments
-from g2vlm.sequence import GeometryViews, SemanticImage, Text
+from g2vlm.sequence import GeometryViews, SemanticImage, SemanticVideo, Text
 
 VIEWS, IMAGE = GeometryViews(((4, 5), (4, 5))), SemanticImage((4, 8))
 ROLES = {"<|endoftext|>": 3, "<|im_start|>": 11, "<|im_end|>": 7, "<|vision_start|>": 5, "<|vision_end|>": 6}
@@ -53,6 +53,11 @@ def test_an_answer_is_supervised_with_its_newline(tokenizer: ChatTokenizer) -> N
     assert answer == Text(tokenizer.encode("\n12"), supervised=True)
     assert asked == chat_segments(tokenizer, ["How many?"])[:-1]
     assert chat_segments(tokenizer, ["How many?"], "")[-1] == Text(tokenizer.encode("\n"), supervised=True)
+
+
+def test_a_video_is_a_part(tokenizer: ChatTokenizer) -> None:
+    video = SemanticVideo((4, 6), times=(0, 1))
+    assert chat_segments(tokenizer, ["Look:", video, "What moves?"])[2] == video
 
 
 def test_texts_are_tokenised_apart_and_empty_ones_left_out(tokenizer: ChatTokenizer) -> None:

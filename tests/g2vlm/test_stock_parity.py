@@ -4,17 +4,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from g2vlm.config import Qwen25VLTowerConfig
+from g2vlm.config import CLIP_MEAN, Qwen25VLTowerConfig
 from g2vlm.convert import convert
 from g2vlm.convert.stock import FAMILIES
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.processing import sequence_builder
+from g2vlm.processor import G2VLMProcessor
+from g2vlm.semantic_images import SemanticRule, semantic_pixels
 from g2vlm.sequence import SemanticImage, SemanticVideo, Text
 from tests.g2vlm.stock import (
     IMAGE,
@@ -75,6 +78,20 @@ def test_images_between_texts(tmp_path: Path, family: str, tied: bool) -> None:
     theirs.generation_config.eos_token_id = None
     expected = theirs.generate(**arguments, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :]
     assert our_greedy(ours, segments, NEW_TOKENS, **images) == expected.tolist()
+
+
+@pytest.mark.parametrize("family", sorted(VISION))
+@torch.no_grad()
+def test_processor_of_a_start(tmp_path: Path, family: str) -> None:
+    """Images are prepared as the tower takes them, within the limits that lie beside the stock weights."""
+    (tmp_path / "stock").mkdir()
+    (tmp_path / "stock/preprocessor_config.json").write_text('{"min_pixels": 784, "max_pixels": 3136}')
+    ours = start_from(vision_model(family), tmp_path)
+    processor = G2VLMProcessor.from_pretrained(tmp_path / "ours")
+    assert processor.rule == SemanticRule.native(784, 3136).for_tower(ours.config.semantic_encoder)
+    assert processor.rule.mean == ((0.5, 0.5, 0.5) if family == "qwen3_vl" else CLIP_MEAN)
+    patches, grids = map(torch.from_numpy, semantic_pixels([np.zeros((28, 56, 3), np.uint8)], processor.rule))
+    assert ours.encode_images(patches, grids).merged.shape == (2, ours.config.hidden_size)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -151,6 +168,9 @@ def test_markers_that_a_text_model_lacks_are_added(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer.convert_tokens_to_ids(MARKERS[2:]) == [VOCABULARY, VOCABULARY + 1]
     assert tokenizer.eos_token == "<|im_end|>"
+    processor = G2VLMProcessor.from_pretrained(tmp_path / "ours")
+    assert (processor.chat.ids.vision_start, processor.chat.ids.vision_end) == (VOCABULARY, VOCABULARY + 1)
+    assert processor.rule == SemanticRule.native(max_pixels=168 * 168)
 
 
 def test_added_markers_never_share_an_id(tmp_path: Path) -> None:

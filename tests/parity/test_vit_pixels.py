@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from g2vlm.config import Qwen3VLTowerConfig
 from g2vlm.semantic_images import SemanticRule, semantic_pixels
 from tests.parity import golden
 
@@ -35,6 +36,20 @@ def test_transformers_processor(size: tuple[int, int], limits: tuple[int, int]):
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": limits[0], "longest_edge": limits[1]})
     expected = processor(images=[image], return_tensors="np", input_data_format="channels_last")
     values, grids = semantic_pixels([image], SemanticRule.native(*limits))
+    assert grids.tolist() == expected["image_grid_thw"].tolist()
+    np.testing.assert_allclose(values, expected["pixel_values"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_transformers_processor_of_qwen3_vl(size: tuple[int, int]):
+    """Patches of 16 pixels, another normalisation, the limits of its checkpoints."""
+    image = np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    limits, half = (65536, 262144), [0.5] * 3
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": limits[0], "longest_edge": limits[1]}, patch_size=16, image_mean=half, image_std=half
+    )
+    expected = processor(images=[image], return_tensors="np", input_data_format="channels_last")
+    values, grids = semantic_pixels([image], SemanticRule.native(*limits).for_tower(Qwen3VLTowerConfig()))
     assert grids.tolist() == expected["image_grid_thw"].tolist()
     np.testing.assert_allclose(values, expected["pixel_values"], atol=1e-6, rtol=0)
 
