@@ -11,8 +11,10 @@ from g2vlm.errors import InputError
 
 SOURCES = {
     "jsonl": "g2vlm.data.chat.jsonl:JsonlChats",
+    "spar": "g2vlm.data.chat.spar:SparChats",
+    "rooms_qa": "g2vlm.data.chat.rooms:RoomsChats",
 }
-NEEDS_NO_ROOT: tuple[str, ...] = ()
+NEEDS_NO_ROOT = ("rooms_qa",)
 
 
 def build_chat_source(name: str, root: Path | None, view_size: Size, **options: Any) -> ChatSource:
