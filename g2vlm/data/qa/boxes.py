@@ -3,6 +3,7 @@
 Shapes: N boxes or pairs of boxes. Units are those of the boxes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,38 +48,66 @@ def point_distance(points: Array, box: Box) -> Array:
     return np.linalg.norm(np.maximum(outside, 0), axis=-1)
 
 
-def box_distance(a: Box, b: Box) -> float:
-    """Smallest distance between two solid boxes; 0 where they meet.
+def box_distances(first: Sequence[Box], second: Sequence[Box]) -> Array:
+    """Smallest distances (N,) between the solid boxes of N pairs; 0 where they meet.
 
     Disjoint boxes are closest at a corner of one of them, or between two edges (their common perpendicular).
     """
-    if not _disjoint(a, b):
-        return 0.0
-    corners = min(float(point_distance(a.corners, b).min()), float(point_distance(b.corners, a).min()))
-    return min(corners, _edge_distance(a.corners[EDGES], b.corners[EDGES]))
+    if not first:
+        return np.zeros(0)
+    a, b = _Stack.of(first), _Stack.of(second)
+    gaps = [_corner_distances(a, b), _corner_distances(b, a), _edge_distances(a.corners[:, EDGES], b.corners[:, EDGES])]
+    return np.where(_disjoint(a, b), np.minimum.reduce(gaps), 0.0)
 
 
-def _disjoint(a: Box, b: Box) -> bool:
-    """Whether a plane lies between two boxes: face normals and cross products of edges are all that can be normal."""
-    crossed = np.cross(a.rotation.T[:, None], b.rotation.T[None]).reshape(-1, 3)
-    axes = np.concatenate([a.rotation.T, b.rotation.T, crossed])  # (15, 3)
-    reach = np.abs(axes @ a.rotation) @ a.size / 2 + np.abs(axes @ b.rotation) @ b.size / 2
-    return bool((np.abs(axes @ (b.centre - a.centre)) > reach).any())
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """N boxes as arrays; `axes` holds each box's axes as rows."""
+
+    centre: Array  # (N, 3)
+    half: Array  # (N, 3)
+    axes: Array  # (N, 3, 3)
+    corners: Array  # (N, 8, 3)
+
+    @classmethod
+    def of(cls, boxes: Sequence[Box]) -> "_Stack":
+        centre, half = np.stack([box.centre for box in boxes]), np.stack([box.size for box in boxes]) / 2
+        axes = np.stack([box.rotation.T for box in boxes])
+        return cls(centre, half, axes, np.stack([box.corners for box in boxes]))
 
 
-def _edge_distance(first: Array, second: Array) -> float:
-    """Smallest length of the common perpendiculars of segments (N, 2, 3) and (M, 2, 3) that meet both inside."""
-    p, u = first[:, None, 0], first[:, None, 1] - first[:, None, 0]
-    q, v = second[None, :, 0], second[None, :, 1] - second[None, :, 0]
-    w = p - q  # (N, M, 3)
-    a, b, c = (u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1)
-    d, e = (u * w).sum(-1), (v * w).sum(-1)
+def _corner_distances(a: _Stack, b: _Stack) -> Array:
+    """(N,) from the nearest corner of each a to its b."""
+    local = np.abs((a.corners - b.centre[:, None]) @ b.axes.transpose(0, 2, 1))
+    return np.linalg.norm(np.maximum(local - b.half[:, None], 0), axis=-1).min(1)
+
+
+def _disjoint(a: _Stack, b: _Stack) -> NDArray[np.bool_]:
+    """(N,) whether a plane lies between two boxes.
+
+    Face normals and cross products of edges are all that can be its normal.
+    """
+    crossed = np.cross(a.axes[:, :, None], b.axes[:, None]).reshape(-1, 9, 3)
+    axes = np.concatenate([a.axes, b.axes, crossed], axis=1)  # (N, 15, 3)
+    reach = sum(np.abs(axes @ box.axes.transpose(0, 2, 1)) @ box.half[..., None] for box in (a, b))
+    offset = axes @ (b.centre - a.centre)[..., None]
+    return (np.abs(offset) > reach).any((1, 2))
+
+
+def _edge_distances(first: Array, second: Array) -> Array:
+    """(N,) shortest common perpendicular of segments (N, 12, 2, 3) that meets both inside; infinite without one."""
+    p, u = first[:, :, None, 0], (first[:, :, 1] - first[:, :, 0])[:, :, None]  # (N, 12, 1, 3)
+    q, v = second[:, None, :, 0], (second[:, :, 1] - second[:, :, 0])[:, None]
+    w = p - q  # (N, 12, 12, 3)
+    a, b, c, d, e = (_dot(*pair) for pair in ((u, u), (u, v), (v, v), (u, w), (v, w)))
     square = a * c - b * b
     crossing = square > PARALLEL * a * c
     square = np.where(crossing, square, 1.0)
     s, t = (b * e - c * d) / square, (a * e - b * d) / square
     inside = crossing & (s > 0) & (s < 1) & (t > 0) & (t < 1)
-    if not inside.any():
-        return np.inf
-    gap = w + s[..., None] * u - t[..., None] * v
-    return float(np.linalg.norm(gap[inside], axis=-1).min())
+    gap = np.linalg.norm(w + s[..., None] * u - t[..., None] * v, axis=-1)
+    return np.where(inside, gap, np.inf).min((1, 2))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return np.einsum("...i,...i->...", a, b)

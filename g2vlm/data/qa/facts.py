@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from g2vlm.data.qa.boxes import Array, Box, box_distance
+from g2vlm.data.qa.boxes import Array, Box, box_distances
 from g2vlm.data.qa.rules import Rules
 
 
@@ -141,11 +141,12 @@ class SceneFacts:
     @cached_property
     def category_distance(self) -> dict[tuple[str, str], float]:
         """Smallest distance between objects of two different categories, for both orders of them."""
+        pairs = [(a, b) for a, b in combinations(self.objects, 2) if a.category != b.category]
+        found = box_distances([a.box for a, _ in pairs], [b.box for _, b in pairs])
         distances: dict[tuple[str, str], float] = {}
-        for a, b in combinations(self.objects, 2):
-            if a.category != b.category:
-                distance = min(box_distance(a.box, b.box), distances.get((a.category, b.category), np.inf))
-                distances[a.category, b.category] = distances[b.category, a.category] = distance
+        for (a, b), distance in zip(pairs, found.tolist(), strict=True):
+            least = min(distance, distances.get((a.category, b.category), distance))
+            distances[a.category, b.category] = distances[b.category, a.category] = least
         return distances
 
 

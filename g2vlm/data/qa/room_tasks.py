@@ -16,7 +16,6 @@ LEAST_DISTANCE = 0.2  # metres, of a distance that is asked for, after rounding
 LEAST_NEAREST = 0.15  # metres, of the nearest option
 LARGE_ROOM = 40.0  # square metres, beyond which distances must differ by more
 MARGINS = (0.15, 0.30)  # metres between any two options, in small and large rooms
-NUM_ORDERED = 4
 
 
 def object_counting(facts: SceneFacts, rules: Rules, draws: Draws) -> Iterator[Draft]:
@@ -94,9 +93,9 @@ def object_rel_distance(count: int, facts: SceneFacts, rules: Rules, draws: Draw
 
 
 def obj_appearance_order(facts: SceneFacts, rules: Rules, draws: Draws) -> Iterator[Draft]:
-    """In which order four categories are first seen."""
+    """In which order some categories are first seen."""
     first = first_seen(facts, rules)
-    for chosen in draws.shuffled(list(combinations(first, NUM_ORDERED))):
+    for chosen in draws.shuffled(list(combinations(first, rules.num_ordered))):
         ranked = sorted(chosen, key=lambda name: first[name])
         times = [first[name] for name in ranked]
         if any(b - a <= rules.order_gap for a, b in pairwise(times)):

@@ -48,7 +48,7 @@ LAWS = {
     "tiny": SceneLaw((4.0, 6.0), (3.5, 5.5), (2.4, 2.9), furniture=(6, 12), fixtures=(1, 3), l_shaped=0.15),
     "standard": SceneLaw((4.8, 8.0), (4.5, 7.0), (2.4, 3.2), furniture=(10, 25), fixtures=(2, 5), l_shaped=0.25),
     "any_size": SceneLaw(
-        (3.0, 8.0), (3.0, 8.0), (2.4, 3.2), (6, 12), (1, 3), l_shaped=0.15, longest=(0.35, 2.2), favourite=0.35
+        (3.0, 8.0), (3.0, 8.0), (2.4, 3.2), (6, 12), (1, 3), l_shaped=0.15, longest=(0.35, 2.2), favourite=0.4
     ),
 }
 

@@ -1,0 +1,91 @@
+"""Which questions to keep so that answers are spread evenly and tasks come equally often.
+
+Rooms make some answers rare. A table, measured once over training rooms, holds how often each task can be asked and how
+often each of its answers occurs; keeping frequent answers less often evens them out without knowing what else is asked.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import g2vlm
+from g2vlm.data.qa.question import Question
+from g2vlm.data.rooms.draws import Draws
+
+TABLE = Path(g2vlm.__file__).parent / "assets" / "rooms-qa-balance.json"
+STEP = 1.25  # ratio between the borders of two cells of numbers
+RARE = 0.25  # of a task's most frequent answer; rarer cells keep all, the others are thinned to this
+NAMED = ("object_rel_distance", "camera_obj_rel_dist", "obj_appearance_order")  # answers are categories: one cell
+
+
+def cell(question: Question) -> str:
+    """What is counted as the same answer: a direction, a range of numbers, a small count; letters never matter."""
+    if question.task.startswith(NAMED):
+        return "any"
+    if question.kind == "choice":
+        return question.answer_text
+    if question.task == "object_counting":
+        return question.answer
+    return str(math.floor(math.log(max(float(question.answer), 1e-6)) / math.log(STEP)))
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How often to keep what.
+
+    Args:
+        available: share of scenes in which a task has a question left.
+        keep: probability of keeping a question, by task and cell; unknown cells are kept.
+    """
+
+    available: Mapping[str, float]
+    keep: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def standard(cls) -> "Balance":
+        """The table of the default rooms, rules and views."""
+        return _read(TABLE)
+
+    def pick(self, questions: Sequence[Question], draws: Draws) -> Question | None:
+        """The first question that is kept, or None."""
+        kept = [q for q in questions if draws.uniform() < self.keep.get(q.task, {}).get(cell(q), 1.0)]
+        return kept[0] if kept else None
+
+    def tasks(self, present: Sequence[str], count: int, draws: Draws) -> list[str]:
+        """At most `count` different tasks, rare ones first choice: without replacement, weighted by 1 / availability."""
+        keys = {task: -math.log(1 - draws.uniform()) * self.available.get(task, 1.0) for task in present}
+        return sorted(keys, key=keys.__getitem__)[:count]
+
+
+def measure(scenes: Iterable[Mapping[str, Sequence[Question]]], seed: int = 0) -> Balance:
+    """The table of what some scenes offer by task."""
+    offered = list(scenes)
+    counts: dict[str, Counter[str]] = {}
+    for scene in offered:
+        for task, questions in scene.items():
+            counts.setdefault(task, Counter()).update(cell(question) for question in questions)
+    keep = {
+        task: {name: round(min(1.0, RARE * max(cells.values()) / number), 3) for name, number in sorted(cells.items())}
+        for task, cells in sorted(counts.items())
+    }
+    everything, draws = Balance({}, keep), Draws(seed)
+    present = Counter(
+        task for scene in offered for task, items in scene.items() if everything.pick(items, draws) is not None
+    )
+    return Balance({task: round(number / len(offered), 3) for task, number in sorted(present.items())}, keep)
+
+
+def write_table(balance: Balance, path: Path = TABLE) -> None:
+    """Store a table as JSON."""
+    content = {"available": dict(balance.available), "keep": {task: dict(c) for task, c in balance.keep.items()}}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path) -> Balance:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Balance(content["available"], content["keep"])
