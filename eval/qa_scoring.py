@@ -202,7 +202,16 @@ def best_constant(answers: Sequence[str]) -> str:
     return f"{candidates[int(np.argmax(worth))]:g}"
 
 
-def random_answers(seed: int = 0) -> Answerer:
-    """A letter drawn evenly; numbers get no credit."""
+def random_answers(training: Sequence[Question], seed: int = 0) -> Answerer:
+    """A letter drawn evenly, or the number of a training question of the task drawn at random."""
     generator = np.random.default_rng(seed)
-    return lambda question: letters()[generator.integers(len(question.options))] if question.options else ""
+    numbers: dict[str, list[str]] = defaultdict(list)
+    for question in training:
+        if question.kind == "number":
+            numbers[question.task].append(question.answer)
+
+    def answer(question: Question) -> str:
+        pool = [letter for letter, _ in zip(letters(), question.options, strict=False)] or numbers[question.task]
+        return pool[generator.integers(len(pool))] if pool else ""
+
+    return answer

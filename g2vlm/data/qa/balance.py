@@ -35,28 +35,32 @@ def cell(question: Question) -> str:
 
 @dataclass(frozen=True)
 class Balance:
-    """How often to keep what.
+    """How often rooms offer what.
 
     Args:
-        available: share of scenes in which a task has a question left.
-        keep: probability of keeping a question, by task and cell; unknown cells are kept.
+        available: share of scenes in which a task has a question left after thinning.
+        cells: how often each answer occurs, by task and cell, as a share of the task's most frequent one.
     """
 
     available: Mapping[str, float]
-    keep: Mapping[str, Mapping[str, float]]
+    cells: Mapping[str, Mapping[str, float]]
 
     @classmethod
     def standard(cls) -> "Balance":
         """The table of the default rooms, rules and views."""
         return _read(TABLE)
 
+    def keep(self, question: Question) -> float:
+        """The probability of keeping a question; rare answers are always kept."""
+        return min(1.0, RARE / self.cells.get(question.task, {}).get(cell(question), RARE))
+
     def pick(self, questions: Sequence[Question], draws: Draws) -> Question | None:
         """The first question that is kept, or None."""
-        kept = [q for q in questions if draws.uniform() < self.keep.get(q.task, {}).get(cell(q), 1.0)]
+        kept = [q for q in questions if draws.uniform() < self.keep(q)]
         return kept[0] if kept else None
 
     def tasks(self, present: Sequence[str], count: int, draws: Draws) -> list[str]:
-        """At most `count` different tasks, rare ones first choice: without replacement, weighted by 1 / availability."""
+        """At most `count` different tasks without replacement, weighted by 1 / availability."""
         keys = {task: -math.log(1 - draws.uniform()) * self.available.get(task, 1.0) for task in present}
         return sorted(keys, key=keys.__getitem__)[:count]
 
@@ -68,24 +72,24 @@ def measure(scenes: Iterable[Mapping[str, Sequence[Question]]], seed: int = 0) -
     for scene in offered:
         for task, questions in scene.items():
             counts.setdefault(task, Counter()).update(cell(question) for question in questions)
-    keep = {
-        task: {name: round(min(1.0, RARE * max(cells.values()) / number), 3) for name, number in sorted(cells.items())}
+    shares = {
+        task: {name: round(number / max(cells.values()), 3) for name, number in sorted(cells.items())}
         for task, cells in sorted(counts.items())
     }
-    everything, draws = Balance({}, keep), Draws(seed)
+    thinned, draws = Balance({}, shares), Draws(seed)
     present = Counter(
-        task for scene in offered for task, items in scene.items() if everything.pick(items, draws) is not None
+        task for scene in offered for task, items in scene.items() if thinned.pick(items, draws) is not None
     )
-    return Balance({task: round(number / len(offered), 3) for task, number in sorted(present.items())}, keep)
+    return Balance({task: round(number / len(offered), 3) for task, number in sorted(present.items())}, shares)
 
 
 def write_table(balance: Balance, path: Path = TABLE) -> None:
     """Store a table as JSON."""
-    content = {"available": dict(balance.available), "keep": {task: dict(c) for task, c in balance.keep.items()}}
+    content = {"available": dict(balance.available), "cells": {task: dict(c) for task, c in balance.cells.items()}}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
 def _read(path: Path) -> Balance:
     content = json.loads(path.read_text(encoding="utf-8"))
-    return Balance(content["available"], content["keep"])
+    return Balance(content["available"], content["cells"])

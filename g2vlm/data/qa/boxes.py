@@ -91,7 +91,7 @@ def _disjoint(a: _Stack, b: _Stack) -> NDArray[np.bool_]:
     axes = np.concatenate([a.axes, b.axes, crossed], axis=1)  # (N, 15, 3)
     reach = sum(np.abs(axes @ box.axes.transpose(0, 2, 1)) @ box.half[..., None] for box in (a, b))
     offset = axes @ (b.centre - a.centre)[..., None]
-    return (np.abs(offset) > reach).any((1, 2))
+    return np.any(np.abs(offset) > reach, axis=(1, 2))
 
 
 def _edge_distances(first: Array, second: Array) -> Array:

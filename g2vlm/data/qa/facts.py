@@ -83,12 +83,14 @@ class SceneFacts:
         objects: in any order; nothing depends on it.
         frames: in the order in which they are shown.
         room_area: of the floor, square metres.
+        unclear: categories that are not named because something of another category could be meant.
     """
 
     name: str
     objects: tuple[SceneObject, ...]
     frames: tuple[Frame, ...]
     room_area: float
+    unclear: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Bring everything into canonical order: objects by category and instance, sightings by instance."""
@@ -123,8 +125,9 @@ class SceneFacts:
         return self.best_share.get(thing.instance, 0.0) >= rules.min_share
 
     def seen_categories(self, rules: Rules) -> list[str]:
-        """Categories whose instances are all seen."""
-        return [c for c, things in self.by_category.items() if all(self.is_seen(thing, rules) for thing in things)]
+        """Categories that can be named and whose instances are all seen."""
+        named = [category for category in self.by_category if category not in self.unclear]
+        return [c for c in named if all(self.is_seen(thing, rules) for thing in self.by_category[c])]
 
     def unique(self, rules: Rules) -> list[SceneObject]:
         """Objects that their category names unambiguously, and that are seen."""
@@ -135,8 +138,8 @@ class SceneFacts:
         shown = [self.by_instance[s.instance] for s in frame.sightings if s.instance in self.by_instance]
         counts = Counter(thing.category for thing in shown)
         enough = {s.instance for s in frame.sightings if s.share >= rules.min_share}
-        named = [thing for thing in shown if counts[thing.category] == 1 and thing.instance in enough]
-        return sorted(named, key=lambda thing: thing.category)
+        single = [thing for thing in shown if counts[thing.category] == 1 and thing.category not in self.unclear]
+        return sorted((thing for thing in single if thing.instance in enough), key=lambda thing: thing.category)
 
     @cached_property
     def category_distance(self) -> dict[tuple[str, str], float]:

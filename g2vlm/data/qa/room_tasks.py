@@ -113,7 +113,7 @@ def obj_appearance_order(facts: SceneFacts, rules: Rules, draws: Draws) -> Itera
 def first_seen(facts: SceneFacts, rules: Rules) -> dict[str, float]:
     """When each category is first seen; without those that are hardly seen before they are seen well."""
     first: dict[str, float] = {}
-    unclear: set[str] = set()
+    unclear = set(facts.unclear)
     for frame in facts.frames:
         shares: dict[str, float] = {}
         for sighting in frame.sightings:

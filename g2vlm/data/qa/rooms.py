@@ -11,6 +11,9 @@ from g2vlm.data.rooms import OrientedBox, Scene
 from g2vlm.data.rooms.scene import STRUCTURE
 from g2vlm.data.types import SceneSample
 
+LOOKALIKES = {"lamp": "nightstand", "tv": "desk"}
+"""Categories that the lamp on a nightstand and the screen on a desk could be taken for."""
+
 
 def room_facts(scene: Scene, sample: SceneSample) -> SceneFacts:
     """What is known about a room and its rendered views; walls, floor and ceiling are no objects.
@@ -26,7 +29,9 @@ def room_facts(scene: Scene, sample: SceneSample) -> SceneFacts:
     ]
     known = {thing.instance for thing in objects}
     frames = [_frame(sample, view, known) for view in range(sample.num_views)]
-    return SceneFacts(scene.name, tuple(objects), tuple(frames), scene.room.area)
+    present = {thing.category for thing in objects}
+    unclear = frozenset(category for category, other in LOOKALIKES.items() if other in present)
+    return SceneFacts(scene.name, tuple(objects), tuple(frames), scene.room.area, unclear)
 
 
 def _box(box: OrientedBox) -> Box:

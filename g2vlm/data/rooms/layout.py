@@ -30,7 +30,7 @@ class SceneLaw:
         coverage: furniture stops when it covers this share of the floor, once there is the least number.
         longest: metres; the longest extent of every piece of furniture is drawn from it, all ratios equally likely, so
             that what a thing is does not tell how large it is. None gives real sizes.
-        favourite: share of the pieces that are of one category, drawn for each scene.
+        favourite: at most this share of the pieces, evenly drawn for each scene, are of one category.
     """
 
     width: Range
@@ -48,7 +48,7 @@ LAWS = {
     "tiny": SceneLaw((4.0, 6.0), (3.5, 5.5), (2.4, 2.9), furniture=(6, 12), fixtures=(1, 3), l_shaped=0.15),
     "standard": SceneLaw((4.8, 8.0), (4.5, 7.0), (2.4, 3.2), furniture=(10, 25), fixtures=(2, 5), l_shaped=0.25),
     "any_size": SceneLaw(
-        (3.0, 8.0), (3.0, 8.0), (2.4, 3.2), (6, 12), (1, 3), l_shaped=0.15, longest=(0.35, 2.2), favourite=0.4
+        (3.0, 8.0), (3.0, 8.0), (2.4, 3.2), (6, 12), (1, 3), l_shaped=0.15, longest=(0.35, 2.2), favourite=0.9
     ),
 }
 
@@ -125,13 +125,15 @@ def _on_wall(
 def _furniture(law: SceneLaw, room: Room, fixtures: tuple[Composite, ...], draws: Draws) -> tuple[Composite, ...]:
     least, _ = law.furniture
     wanted, placed = draws.integer(*law.furniture), []
-    favourite = draws.choice(tuple(FREE_FURNITURE)) if law.favourite > 0 else None
+    favourite, share = None, 0.0
+    if law.favourite:
+        favourite, share = draws.choice(tuple(FREE_FURNITURE)), law.favourite * draws.uniform()
     blocked = [_passage(fixture) for fixture in fixtures if fixture.category == "door"] + _notch_footprints(room)
     covered, limit = 0.0, law.coverage * room.area
     for _ in range(6 * wanted):
         if len(placed) == wanted or (covered > limit and len(placed) >= least):
             break
-        if favourite is not None and draws.chance(law.favourite):
+        if favourite is not None and draws.chance(share):
             composite = _free(favourite, law, room, blocked, draws)
         else:
             small = covered > limit or len(placed) > wanted // 2
