@@ -19,6 +19,7 @@ from g2vlm.data.rooms.draws import Draws
 TABLE = Path(g2vlm.__file__).parent / "assets" / "rooms-qa-balance.json"
 STEP = 1.25  # ratio between the borders of two cells of numbers
 RARE = 0.25  # of a task's most frequent answer; rarer cells keep all, the others are thinned to this
+MANY = 5  # objects from which on counts are one cell
 NAMED = ("object_rel_distance", "camera_obj_rel_dist", "obj_appearance_order")  # answers are categories: one cell
 
 
@@ -29,7 +30,7 @@ def cell(question: Question) -> str:
     if question.kind == "choice":
         return question.answer_text
     if question.task == "object_counting":
-        return question.answer
+        return question.answer if int(question.answer) < MANY else f"{MANY} or more"
     return str(math.floor(math.log(max(float(question.answer), 1e-6)) / math.log(STEP)))
 
 

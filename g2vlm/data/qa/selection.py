@@ -13,9 +13,9 @@ Offers = Sequence[Mapping[str, Sequence[Question]]]
 
 QUOTA = 84  # questions of a task without variants
 VARIANT_QUOTA = 24  # of each variant of a task with three
-PER_SCENE = 2  # of a task or variant about one scene
+PER_SCENE = 1  # of a task or variant about one scene
 COMMON = 0.04  # of a task's most frequent answer, from which on an answer gets its even share
-SLACK = 1.5  # questions by which an object may be right more often than chance
+SLACK = 1.0  # questions by which an object may be right more often than chance
 
 
 def quota(task: str) -> int:

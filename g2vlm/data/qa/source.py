@@ -51,7 +51,6 @@ class RoomsQA:
     ) -> None:
         self.rooms = RoomsSource(law, split, seed, cameras, device)
         self.rules = rules
-        self._balance = Balance.standard()
 
     def __len__(self) -> int:
         return len(self.rooms)
@@ -65,9 +64,9 @@ class RoomsQA:
             InputError: as `RoomsSource.load`.
         """
         sample, candidates = self.candidates(scene, request)
-        draws = stream("choice", request.seed, sample.scene)
-        kept = {task: q for task, items in candidates.items() if (q := self._balance.pick(items, draws)) is not None}
-        chosen = self._balance.tasks(list(kept), count, draws)
+        balance, draws = Balance.standard(), stream("choice", request.seed, sample.scene)
+        kept = {task: q for task, items in candidates.items() if (q := balance.pick(items, draws)) is not None}
+        chosen = balance.tasks(list(kept), count, draws)
         return AskedScene(sample, tuple(kept[task] for task in chosen))
 
     def candidates(self, scene: int, request: ViewRequest) -> tuple[SceneSample, dict[str, list[Question]]]:
