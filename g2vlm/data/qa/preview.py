@@ -1,6 +1,7 @@
 """A contact sheet of questions: the views, with marks, and below them question, options and true answer."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -8,6 +9,8 @@ from PIL import Image, ImageDraw
 
 from g2vlm.data.qa.marks import draw_marks
 from g2vlm.data.qa.question import Question
+from g2vlm.data.qa.source import AskedScene
+from g2vlm.data.qa.tasks import group
 from g2vlm.data.types import SceneSample
 from g2vlm.preview import GAP, INK, MARGIN, MUTED, PAGE, WIDTH, font, stack
 
@@ -59,9 +62,15 @@ def _answer(question: Question) -> str:
     return f"answer: {text}   |   {question.task}   |   {question.scene}"
 
 
-def one_per_task(questions: Sequence[Question], count: int) -> list[Question]:
-    """The first questions of different tasks, in their order, then whatever follows."""
-    first = {question.task: question for question in reversed(questions)}
-    chosen = sorted(first.values(), key=questions.index)
-    rest = [question for question in questions if question not in chosen]
-    return [*chosen, *rest][:count]
+def varied_items(scenes: Sequence[AskedScene], count: int) -> list[tuple[SceneSample, Question]]:
+    """Questions to look at: scene after scene in turn, each time one of a task that was shown least often."""
+    shown, items = Counter[str](), []
+    left = [list(scene.questions) for scene in scenes]
+    while len(items) < count and any(left):
+        for scene, questions in zip(scenes, left, strict=True):
+            if questions and len(items) < count:
+                question = min(questions, key=lambda question: (shown[question.task], shown[group(question.task)]))
+                questions.remove(question)
+                shown.update({question.task, group(question.task)})
+                items.append((scene.sample, question))
+    return items
