@@ -58,7 +58,8 @@ class RoomsQA:
     def load(self, scene: int, request: ViewRequest, count: int = 1) -> AskedScene:
         """Views and at most `count` questions, of different tasks.
 
-        Over many scenes every task is asked about equally often, and so is every answer of it.
+        Tasks that can rarely be asked go first where they can, and answers that occur often are kept less often, so
+        that both come out nearly even over many scenes.
 
         Raises:
             InputError: as `RoomsSource.load`.
