@@ -69,6 +69,23 @@ def test_what_a_strategy_trains(groups: dict[str, float], geometry: GeometryConf
     assert ("points" in results[0].terms) == (geometry is not None)
 
 
+def test_a_frozen_geometry_stream_keeps_nothing() -> None:
+    """The answers are the same; what the geometric expert computes holds no gradient, whatever the text before it."""
+    config = chat_run(trainable=CE)
+    _, model = chat_trainer(config)
+    batch = pack([Colours().load(0, 0), Colours(pictures=0, views=0).load(1, 1)])
+    inputs = chat_inputs(batch, predict_geometry=False)
+    output = model(**inputs)
+    with torch.no_grad():
+        expected = model(**inputs)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.geometric_hidden, expected.geometric_hidden, rtol=1e-5, atol=1e-6)
+    assert output.logits.requires_grad
+    assert not output.geometric_hidden.requires_grad
+    model.geometry_projection.weight.requires_grad_(True)
+    assert model(**inputs).geometric_hidden.requires_grad
+
+
 def test_scenes_without_depth_teach_nothing() -> None:
     config = chat_run(trainable=VG_CE, geometry=GeometryConfig())
     known, unknown = Colours().load(0, 0), Colours(depth=False).load(1, 1)
