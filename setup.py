@@ -31,7 +31,7 @@ EXTRAS = {
     "video": ["av>=15"],
     "view": ["viser>=1.0"],
     "gguf": ["gguf>=0.17"],
-    "data": ["webdataset>=1.0", "fsspec>=2025.1", "h5py>=3.12"],
+    "data": ["webdataset>=1.0", "fsspec>=2025.1", "h5py>=3.12", "pyarrow>=18"],
     "log": ["tensorboard>=2.18"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.14", "basedpyright>=1.31"],
 }

@@ -98,7 +98,8 @@ def _data_check_parser() -> ArgumentParser:
 
 
 def _data_preview_parser() -> ArgumentParser:
-    parser = _parser("Draw a contact sheet of a data set.", "g2vlm data preview rooms -o rooms.png")
+    what = "Draw a contact sheet of a data set; rooms_qa stands for the held-out questions about rooms."
+    parser = _parser(what, "g2vlm data preview rooms -o rooms.png")
     _add_source(parser)
     parser.add_argument("-o", "--output", required=True, type=Path, help="PNG file to write")
     parser.add_argument("--views", type=int, default=6, help="views of each scene")

@@ -7,11 +7,13 @@ import logging
 import os
 import platform
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from g2vlm import __version__
@@ -20,6 +22,8 @@ from g2vlm.config import G2VLMConfig
 from g2vlm.convert import convert as convert_checkpoint
 from g2vlm.data.checks import CheckRules, check_source
 from g2vlm.data.preview import contact_sheet, load_samples
+from g2vlm.data.qa.heldout_v1 import heldout
+from g2vlm.data.qa.preview import question_sheet, varied_items
 from g2vlm.data.registry import build_source, detect_source
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import CheckFailed, InputError
@@ -33,6 +37,7 @@ from geometry.io.common import atomic_file
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
+QUESTIONS = "rooms_qa"  # the path that stands for the held-out questions
 OPTIONAL = {
     "flash-attn": "flash", "xformers": "xformers", "deepspeed": "deepspeed", "peft": "lora", "av": "video",
     "viser": "view", "gguf": "gguf", "webdataset": "data", "tensorboard": "log",
@@ -161,11 +166,23 @@ def data_preview(args: Namespace) -> None:
     if args.output.suffix.lower() != ".png" or (args.output.exists() and not args.overwrite):
         why = "it exists" if args.output.exists() else "a contact sheet is a .png"
         raise InputError(f"cannot write  {args.output}", why, "choose another name, or pass --overwrite")
-    sheet = contact_sheet(load_samples(_source(args), args.scenes, args.views))
+    sheet = (
+        _question_sheet(args)
+        if args.path == QUESTIONS
+        else contact_sheet(load_samples(_source(args), args.scenes, args.views))
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(args.output) as file:
         sheet.save(file, format="PNG")
     print(args.output)
+
+
+def _question_sheet(args: Namespace) -> Image.Image:
+    """Two held-out questions about each of some scenes, of as many tasks as possible."""
+    if args.scenes < 1:
+        raise InputError("nothing to show", f"{args.scenes} scenes", "ask for one at least")
+    asked = list(islice(heldout(), args.scenes))
+    return question_sheet(varied_items(asked, 2 * len(asked)))
 
 
 def _source(args: Namespace) -> SceneSource:

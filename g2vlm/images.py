@@ -165,6 +165,22 @@ def read_image(path: str | Path, max_pixels: int = 100_000_000, max_side: int = 
         raise _unreadable(path, f"{num_bytes:,} bytes present, {_reason(error)}") from error
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of what `read_image` gives, from the file's header alone.
+
+    Raises:
+        InputError: the file is missing, empty or no image.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        with _open(path) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image, path) > 4 else (height, width)
+    except Exception as error:  # as in read_image
+        raise _unreadable(path, _reason(error)) from error
+
+
 def read_images(paths: Iterable[str | Path], skip_bad: bool = False) -> tuple[list[SourceImage], list[InputError]]:
     """Read many files; with `skip_bad` unreadable ones are logged and returned as errors instead of raised.
 

@@ -21,6 +21,7 @@ FREE = (
     ),
     *(f"guards.{key}" for key in ("window", "max_dropped_share", "max_dropped_in_a_row", "max_bad_scenes_share")),
     "data.validation",
+    "data.chat.validation",
 )  # fmt: skip
 """Keys that do not change what the optimizer does, or only when it is stopped."""
 STEPS = "runtime.steps"

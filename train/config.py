@@ -14,6 +14,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from g2vlm.errors import InputError
+from g2vlm.prompts import RECON_PROMPT
+from g2vlm.semantic_images import SemanticRule
 from geometry import GeometryLossWeights
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tiny_stage1.yaml"
@@ -28,14 +30,30 @@ class GeometryConfig(GeometryLossWeights):
 
 
 @dataclass(frozen=True)
+class LanguageConfig:
+    """The cross-entropy of the answers (G2VLM stage 2).
+
+    Args:
+        weight: of it in the loss.
+        reduction: `token`: the mean over all tokens of answers (the released trainer's default); `sample_sqrt`: the
+            tokens of an answer of n tokens weigh 1 / sqrt(n).
+    """
+
+    weight: float = 1.0
+    reduction: Literal["token", "sample_sqrt"] = "token"
+
+
+@dataclass(frozen=True)
 class ObjectivesConfig:
     """What the model is trained for; an absent objective is off.
 
     Args:
         geometry: points, normals and cameras (G2VLM eq. 2).
+        language: answers to questions; needs data.chat.
     """
 
     geometry: GeometryConfig | None = field(default_factory=GeometryConfig)
+    language: LanguageConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +72,47 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class ChatSourceConfig:
+    """Where questions come from.
+
+    Args:
+        name: of a source in g2vlm.data.chat.registry.
+        root: its file or folder; none for what is rendered.
+        weight: share of the questions that come from it, relative to the others' weights.
+        options: further arguments of the source.
+    """
+
+    name: str
+    root: str | None = None
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Questions and answers, packed.
+
+    Args:
+        sources: of the training questions.
+        validation: of the validation questions; none validates nothing.
+        tokens_per_pack: most tokens of a process in a step; what stands in for absent images comes on top.
+        view_size: height and width of all views of the geometry encoder, multiples of 14.
+        images: how large the semantic encoder sees an image: squash: side of the square that it is first stretched to
+            (768 in the release; null keeps the aspect ratio); min_pixels and max_pixels: limits of its area.
+        views_prompt: the sentence before the views (released joint training); the model's processor says it too.
+    """
+
+    sources: tuple[ChatSourceConfig, ...]
+    validation: tuple[ChatSourceConfig, ...] = ()
+    tokens_per_pack: int = 40_960
+    view_size: tuple[int, int] = (518, 518)
+    images: SemanticRule = field(default_factory=SemanticRule.official)
+    views_prompt: str = RECON_PROMPT
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """What a step sees.
+    """What a step sees: scenes, or packed questions when `chat` is given.
 
     Args:
         source: of the training scenes.
@@ -66,7 +123,9 @@ class DataConfig:
         aspect: lowest and highest height / width, one per step.
         images_per_step: views in a step over all processes; a step takes as many whole scenes as fit.
         scenes_multiple_of: the number of processes, or a multiple of it.
-        color_augmentation: vary brightness, contrast, saturation, hue, and drop the colour now and then.
+        color_augmentation: vary brightness, contrast, saturation, hue of the geometry encoder's views, and drop the
+            colour now and then.
+        chat: questions to train on in place of scenes; all other keys but color_augmentation are then without effect.
     """
 
     source: SourceConfig = field(default_factory=SourceConfig)
@@ -79,6 +138,7 @@ class DataConfig:
     images_per_step: int = 12
     scenes_multiple_of: int = 1
     color_augmentation: bool = True
+    chat: ChatConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ the unreadable frames that they find are counted there together.
 
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from g2vlm.data.batch import SceneBatch, collate
+from g2vlm.data.chat.batch import ChatBatch
 from g2vlm.data.frames import BadFrames, FrameSource
 from g2vlm.data.transforms import augment_colours
 from g2vlm.data.types import SceneSample
@@ -33,10 +34,38 @@ class BadSample(NamedTuple):
 
 
 class LoadedBatch(NamedTuple):
-    """One rank's batch of one step, and the scenes that were replaced in it."""
+    """One rank's batch of one step.
 
-    batch: SceneBatch
+    Args:
+        batch: scenes or packed questions.
+        bad: scenes that were replaced in it, or questions that were left out.
+        step: counted from 0.
+        asked: how many scenes or questions the step has, over all ranks.
+        work: how many views or tokens it has, over all ranks.
+        facts: what the log says about the step, over all ranks.
+        end: where the data of the next step begin: what a checkpoint must know to go on.
+    """
+
+    batch: SceneBatch | ChatBatch
     bad: tuple[BadSample, ...]
+    step: int
+    asked: int
+    work: int
+    facts: dict[str, Any]
+    end: int
+
+
+class Batches(Protocol):
+    """Maps a step, or what was planned for it, to this rank's batch."""
+
+    @property
+    def frame_sources(self) -> Sequence[FrameSource]:
+        """Sources of stored frames that are read."""
+        ...
+
+    def __getitem__(self, key: Any, /) -> LoadedBatch:
+        """The batch; everything random in it follows from the key."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +92,10 @@ class StepDataset(Dataset[LoadedBatch]):
         first = self.rank * len(picks)
         bad: list[BadSample] = []
         samples = [self._readable(step, first + i, pick, bad) for i, pick in enumerate(picks)]
-        return LoadedBatch(collate(samples), tuple(bad))
+        shape = self.sampler.shape(step)
+        work = shape.num_scenes * shape.num_views
+        facts = {"scenes": shape.num_scenes, "views": shape.num_views, "size": list(shape.size)}
+        return LoadedBatch(collate(samples), tuple(bad), step, shape.num_scenes, work, facts, step + 1)
 
     def _readable(self, step: int, item: int, pick: Pick, bad: list[BadSample]) -> SceneSample:
         for attempt in range(1, _MAX_SUBSTITUTES + 1):
@@ -87,12 +119,12 @@ def shuffled(sample: SceneSample, seed: int) -> SceneSample:
     return sample.views(torch.randperm(sample.num_views, generator=torch.Generator().manual_seed(seed)))
 
 
-def batches(dataset: StepDataset, steps: Sequence[int], workers: int) -> Iterator[LoadedBatch]:
-    """The batches of these steps in order; the number of workers changes nothing but the speed."""
+def batches(dataset: Batches, keys: Iterable[Any], workers: int) -> Iterator[LoadedBatch]:
+    """The batches of these keys in order; the number of workers changes nothing but the speed."""
     loader = DataLoader(
         _Reporting(dataset),
         batch_size=None,
-        sampler=steps,
+        sampler=keys,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="fork" if workers else None,
@@ -159,13 +191,13 @@ class _Made(NamedTuple):
 class _Reporting(Dataset[_Made]):
     """A dataset that tells what happened."""
 
-    dataset: StepDataset
+    dataset: Batches
 
-    def __getitem__(self, step: int) -> _Made:
+    def __getitem__(self, key: Any) -> _Made:
         sources = self.dataset.frame_sources
         known = [set(source.left_out) for source in sources]
         try:
-            batch = self.dataset[step]
+            batch = self.dataset[key]
         except G2VLMError as error:
             batch = error
         new = [

@@ -122,35 +122,37 @@ class Console:
     Args:
         steps: length of the run.
         every: interval in steps.
+        unit: of the work that a step does: views or tokens.
     """
 
     steps: int
     every: int
+    unit: str = "views"
     waited: float = 0.0
-    views: int = 0
+    work: int = 0
     count: int = 0
     since: float = field(default_factory=time.perf_counter)
 
-    def add(self, step: int, result: StepResult, rate: float, views: int, waited: float) -> dict[str, float] | None:
+    def add(self, step: int, result: StepResult, rate: float, work: int, waited: float) -> dict[str, float] | None:
         """Take note of a step (1 is the first); at the end of an interval prints its line and returns its rates."""
-        self.views, self.waited, self.count = self.views + views, self.waited + waited, self.count + 1
+        self.work, self.waited, self.count = self.work + work, self.waited + waited, self.count + 1
         if not self.every or (step % self.every and step != self.steps):
             return None
         now = time.perf_counter()
         seconds = now - self.since
         rates = {
-            "views_per_second": self.views / seconds,
+            f"{self.unit}_per_second": self.work / seconds,
             "steps_per_second": self.count / seconds,
             "data_wait": self.waited / seconds,
             "peak_memory_gb": _peak_memory(),
         }
         log.info(
-            "step %d/%d  loss %.4f  %s  lr %.1e  grad %.2f%s  %.1f views/s  data %.0f%%  %.1f GB  eta %s",
+            "step %d/%d  loss %.4f  %s  lr %.1e  grad %.2f%s  %.1f %s/s  data %.0f%%  %.1f GB  eta %s",
             step, self.steps, result.loss, _terms(result.terms), rate, result.grad_norm,
-            f"  {result.dropped}: dropped" if result.dropped else "", rates["views_per_second"],
+            f"  {result.dropped}: dropped" if result.dropped else "", self.work / seconds, self.unit,
             100 * rates["data_wait"], rates["peak_memory_gb"], _duration((self.steps - step) * seconds / self.count),
         )  # fmt: skip
-        self.waited, self.views, self.count, self.since = 0.0, 0, 0, now
+        self.waited, self.work, self.count, self.since = 0.0, 0, 0, now
         return rates
 
 

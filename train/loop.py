@@ -20,22 +20,22 @@ from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import staged_folder, write_errors
 from g2vlm.weights import read_json
 from train.changes import check_changes
-from train.config import DataConfig, RunConfig, plain
+from train.config import RunConfig, plain
 from train.engine import Engine
-from train.loader import LoadedBatch, StepDataset, batches
+from train.feed import VALIDATION_SEED, Feed, build_feed
+from train.loader import LoadedBatch
 from train.log import Console, RunLog, write_run
-from train.objectives.geometry import GeometryObjective, recon_batch_inputs
+from train.objectives.geometry import GeometryObjective
+from train.objectives.language import LanguageObjective
 from train.objectives.report import Objective
 from train.optim import build_optimizer, learning_rate, set_learning_rate
+from train.packing import ChatMixture
 from train.pictures import save_picture
-from train.sampler import Sampler
 from train.state import STATE, Checkpoints, load_state, model_state, save_state, write_model
 from train.step import Guard, Trainer
 from train.trainable import checkpoint_activations, set_trainable
 
 log = logging.getLogger(__name__)
-
-VALIDATION_SEED = 1_000_003
 
 
 def build_model(model: str | dict[str, Any], seed: int) -> G2VLMForConditionalGeneration:
@@ -82,27 +82,12 @@ def _part_with(name: str, part: Any, overrides: dict[str, Any]) -> Any:
     return replace(part, **overrides)
 
 
-def build_sampler(config: DataConfig, source: SceneSource, seed: int, model: G2VLMConfig) -> Sampler:
-    """The sampler of a run; the single encoder needs sides that its patch merger divides."""
-    patch = model.geometry_encoder.patch_size
-    return Sampler(
-        sources=(source,),
-        seed=seed,
-        views=config.views,
-        width=config.width,
-        aspect=config.aspect,
-        images_per_step=config.images_per_step,
-        scenes_multiple_of=config.scenes_multiple_of,
-        side_multiple_of=patch * model.semantic_encoder.merge_size if model.encoders == "single" else patch,
-    )
-
-
 def train(
     config: RunConfig,
     engine: Engine,
     folder: Path,
-    source: SceneSource,
-    validation: SceneSource | None = None,
+    source: SceneSource | ChatMixture,
+    validation: SceneSource | ChatMixture | None = None,
     command: Sequence[str] = (),
 ) -> None:
     """Carry out a run in a folder, from its newest checkpoint when `runtime.resume` says so.
@@ -111,8 +96,8 @@ def train(
         config: of the run.
         engine: how it trains.
         folder: of the run; made if missing, left as it is when the run cannot start.
-        source: of the training scenes.
-        validation: of the validation scenes.
+        source: of the training scenes or questions.
+        validation: of those of the validation.
         command: that started the run, for run.json.
 
     Raises:
@@ -151,22 +136,28 @@ def stop_signals() -> Iterator[threading.Event]:
 
 @dataclass
 class Run:
-    """A run under way; `done` counts its finished steps."""
+    """A run under way; `done` counts its finished steps, and the data of the next one begin at `place`."""
 
     config: RunConfig
     folder: Path
     model: G2VLMForConditionalGeneration
     trainer: Trainer
-    data: StepDataset
-    validation: StepDataset | None
+    data: Feed
+    validation: Feed | None
     checkpoints: Checkpoints
     guard: Guard
     log: RunLog
     done: int = 0
+    place: int = 0
 
     @classmethod
     def start(
-        cls, config: RunConfig, engine: Engine, folder: Path, source: SceneSource, validation: SceneSource | None
+        cls,
+        config: RunConfig,
+        engine: Engine,
+        folder: Path,
+        source: SceneSource | ChatMixture,
+        validation: SceneSource | ChatMixture | None,
     ) -> "Run":
         """Build everything; go on from the newest checkpoint when `runtime.resume` says so."""
         runtime = config.runtime
@@ -183,21 +174,19 @@ class Run:
             config.optim.clip,
         )
         checkpoints, guard = Checkpoints(folder / "checkpoints", runtime.keep), Guard(config.guards)
-        done = resume(checkpoints, config, trainer, model, guard) if runtime.resume == "auto" else 0
-        sampler = build_sampler(config.data, source, runtime.seed, model.config)
-        data = StepDataset(sampler, engine.rank, engine.world, config.data.color_augmentation)
-        held_out = None
+        data, held_out = build_feed(config, source, model, engine, runtime.seed), None
         if validation is not None:
-            drawn = build_sampler(config.data, validation, VALIDATION_SEED, model.config)
-            held_out = StepDataset(drawn, engine.rank, engine.world)
+            held_out = build_feed(config, validation, model, engine, VALIDATION_SEED, varied=False)
+        resumed = runtime.resume == "auto"
+        done, place = resume(checkpoints, config, trainer, model, guard) if resumed else (0, 0)
         return cls(config, folder, model, trainer, data, held_out, checkpoints, guard,
-                   RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done)  # fmt: skip
+                   RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done, place)  # fmt: skip
 
     def train(self, asked: threading.Event) -> None:
         """All remaining steps, then the finished model in `model/`."""
         runtime = self.config.runtime
-        console = Console(runtime.steps, runtime.log_every)
-        loaded = batches(self.data, range(self.done, runtime.steps), runtime.workers)
+        console = Console(runtime.steps, runtime.log_every, self.data.unit)
+        loaded = self.data.batches(range(self.done, runtime.steps), self.place, runtime.workers)
         while self.done < runtime.steps:
             before = time.perf_counter()
             batch = next(loaded)
@@ -223,46 +212,42 @@ class Run:
         set_learning_rate(self.trainer.optimizer, rate)
         spike = self.config.guards.spike if step >= self.config.schedule.warmup else None
         batch = loaded.batch.to(self.trainer.engine.device)
-        inputs = self._inputs(batch, self.data.sampler.coin(step))
-        result = self.trainer.step(inputs, batch, spike, asked, len(loaded.bad))
-        self.done += 1
-        shape = self.data.sampler.shape(step)
-        views = shape.num_scenes * shape.num_views
+        result = self.trainer.step(self.data.inputs(batch, step), batch, spike, asked, len(loaded.bad))
+        self.done, self.place = step + 1, loaded.end
         self.log.step(self.done, {
             "loss": result.loss, **result.terms, "lr": rate, "grad_norm": result.grad_norm, "dropped": result.dropped,
-            "scenes": shape.num_scenes, "views": shape.num_views, "size": list(shape.size),
+            **loaded.facts,
         })  # fmt: skip
-        if rates := console.add(self.done, result, rate, views, waited):
+        if rates := console.add(self.done, result, rate, loaded.work, waited):
             self.log.speed(self.done, rates)
         self.guard.check_step(self.done, result.dropped)
-        self.guard.check_scenes(shape.num_scenes + result.bad, result.bad)
+        self.guard.check_scenes(loaded.asked + result.bad, result.bad)
         if self.validation is not None and (_due(self.done, runtime.validate_every) or self.done == runtime.steps):
             self.validate(self.validation)
         return result.stop
 
-    def _inputs(self, batch: Any, coin: bool) -> dict[str, Any]:
-        geometry = self.config.objectives.geometry
-        return recon_batch_inputs(batch, self.model.config, coin, bool(geometry and geometry.global_points))
-
-    def validate(self, data: StepDataset) -> None:
-        """The same batches and picture every time, without augmentation, with global attention where it is mixed."""
+    def validate(self, data: Feed) -> None:
+        """The same batches and picture every time; each term's mean over the batches that have it."""
         self.trainer.model.eval()
-        results = []
-        for step in range(self.config.runtime.validation_steps):
-            batch = data[step].batch.to(self.trainer.engine.device)
-            terms, output = self.trainer.evaluate(self._inputs(batch, False), batch)
-            results.append(terms)
-            if step == 0 and self.trainer.engine.rank == 0 and output.geometry:
+        results: dict[str, list[float]] = {}
+        for loaded in data.batches(range(self.config.runtime.validation_steps), 0, workers=0):
+            batch = loaded.batch.to(self.trainer.engine.device)
+            terms, output = self.trainer.evaluate(data.inputs(batch, loaded.step), batch)
+            for name, value in terms.items():
+                results.setdefault(name, []).append(value)
+            truth = data.scenes(batch)
+            if loaded.step == 0 and self.trainer.engine.rank == 0 and output.geometry and truth is not None:
                 file = self.folder / "validation" / f"step-{self.done:08d}.png"
                 with write_errors(file):
-                    save_picture(output.geometry[0].to("cpu"), batch.to("cpu"), file)
+                    save_picture(output.geometry[0].to("cpu"), truth.to("cpu"), file)
         self.trainer.model.train()
-        self.log.validation(self.done, {name: sum(r[name] for r in results) / len(results) for name in results[0]})
+        self.log.validation(self.done, {name: sum(values) / len(values) for name, values in results.items()})
 
     def save(self) -> None:
         """A checkpoint of the steps done."""
-        rest = {"guard": self.guard.state(), "config": plain(self.config)}
-        save_state(self.checkpoints, self.done, self.trainer.engine, self.model, self.trainer.optimizer, rest)
+        rest = {"guard": self.guard.state(), "config": plain(self.config), "place": self.place}
+        files = self.data.write_files
+        save_state(self.checkpoints, self.done, self.trainer.engine, self.model, self.trainer.optimizer, rest, files)
 
     def export(self) -> None:
         """The model alone, in `model/`."""
@@ -270,6 +255,7 @@ class Run:
         if self.trainer.engine.rank == 0:
             with staged_folder(self.folder / "model", overwrite=True) as staging:
                 write_model(staging, weights, self.model)
+                self.data.write_files(staging)
             log.info("model in %s", self.folder / "model")
 
 
@@ -277,11 +263,20 @@ def build_objectives(config: RunConfig) -> list[Objective]:
     """The objectives that are on.
 
     Raises:
-        InputError: none is.
+        InputError: none is, or one has no data.
     """
-    if config.objectives.geometry is None:
+    wanted, chat = config.objectives, config.data.chat
+    if (wanted.language is None) != (chat is None):
+        given, lacking = ("data.chat", "objectives.language") if chat else ("objectives.language", "data.chat")
+        raise InputError(f"{given} without {lacking}", "questions and the loss of their answers go together", "")
+    objectives: list[Objective] = []
+    if wanted.language is not None:
+        objectives.append(LanguageObjective(wanted.language))
+    if wanted.geometry is not None:
+        objectives.append(GeometryObjective(wanted.geometry))
+    if not objectives:
         raise InputError("nothing to minimise", "every objective is null", "give objectives.geometry")
-    return [GeometryObjective(config.objectives.geometry)]
+    return objectives
 
 
 def resume(
@@ -290,8 +285,10 @@ def resume(
     trainer: Trainer,
     model: G2VLMForConditionalGeneration,
     guard: Guard,
-) -> int:
-    """Load the newest checkpoint that verifies, naming what was refused; returns its step, 0 without any.
+) -> tuple[int, int]:
+    """Load the newest checkpoint that verifies, naming what was refused; returns its step and where its data go on.
+
+    Without any both are 0.
 
     Raises:
         InputError: the checkpoint was made with another config; nothing was changed.
@@ -308,11 +305,11 @@ def resume(
             checkpoints.set_aside(step)
     if found is None:
         log.info("no checkpoint in %s: starting anew", checkpoints.folder)
-        return 0
+        return 0, 0
     state = load_state(checkpoints.path(found), engine, model, trainer.optimizer)
     guard.restore(state["guard"])
     log.info("going on from %s", checkpoints.path(found))
-    return found
+    return found, state.get("place", found)
 
 
 def _due(step: int, every: int) -> bool:

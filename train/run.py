@@ -8,13 +8,17 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from g2vlm.cli import guarded, log_to_stderr
+from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.registry import build_source
 from g2vlm.data.types import SceneSource
 from train import engine as engines
-from train.config import DEFAULT_CONFIG, RunConfig, SourceConfig, parse
+from train.config import DEFAULT_CONFIG, ChatConfig, ChatSourceConfig, DataConfig, RunConfig, SourceConfig, parse
 from train.loop import train
+from train.packing import ChatMixture
 
 log = logging.getLogger("train")
+
+ROOT = DEFAULT_CONFIG.parents[1]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,21 +29,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def carry_out(arguments: list[str]) -> None:
-    """Parse, open the data, train."""
+    """Parse, open the data, train. The arguments may begin with `--default FILE`, for when no `--config` is given."""
+    default = DEFAULT_CONFIG
+    if arguments[:1] == ["--default"]:
+        default, arguments = ROOT / arguments[1], arguments[2:]
     chosen = config_file(arguments)
     if chosen is None:
-        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+        arguments = ["--config", str(default), *arguments]
     config, _ = parse(arguments)
-    name = (chosen or DEFAULT_CONFIG).stem
+    name = (chosen or default).stem
     with engines.engine(config.runtime.engine, config.runtime.device) as engine:
         if engine.rank:
             logging.getLogger().setLevel(logging.ERROR)
         hint = "" if chosen else " (the default; choose another with --config configs/NAME.yaml)"
-        log.info("config %s%s", _relative(chosen or DEFAULT_CONFIG), hint)
+        log.info("config %s%s", _relative(chosen or default), hint)
         folder = run_folder(config, name)
         engine.barrier()
-        source = open_source(config.data.source)
-        validation = None if config.data.validation is None else open_source(config.data.validation)
+        source, validation = open_data(config.data)
         log.info("run in %s", folder)
         train(config, engine, folder, source, validation, ["python", "-m", "train.run", *arguments])
 
@@ -67,9 +73,26 @@ def run_folder(config: RunConfig, name: str) -> Path:
     return free
 
 
+def open_data(config: DataConfig) -> tuple[SceneSource | ChatMixture, SceneSource | ChatMixture | None]:
+    """What a run trains and validates on."""
+    if config.chat is not None:
+        held_out = config.chat.validation
+        return open_chats(config.chat.sources, config.chat), open_chats(held_out, config.chat) if held_out else None
+    return open_source(config.source), None if config.validation is None else open_source(config.validation)
+
+
 def open_source(config: SourceConfig) -> SceneSource:
-    """The source that a config names."""
+    """The source of scenes that a config names."""
     return build_source(config.name, None if config.root is None else Path(config.root), **config.options)
+
+
+def open_chats(sources: Sequence[ChatSourceConfig], config: ChatConfig) -> ChatMixture:
+    """The sources of questions that a config names."""
+    opened = [
+        build_chat_source(own.name, None if own.root is None else Path(own.root), config.view_size, **own.options)
+        for own in sources
+    ]
+    return ChatMixture(opened, [own.weight for own in sources])
 
 
 def _relative(path: Path) -> Path:

@@ -172,6 +172,7 @@ def save_state(
     model: G2VLMForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
     rest: Mapping[str, Any],
+    write_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the checkpoint of a step; called on all ranks, written by rank 0, failing on all ranks together.
 
@@ -182,6 +183,7 @@ def save_state(
         model: the model itself, not what `wrap` returned.
         optimizer: over its parameters.
         rest: JSON types; the generators' states are added.
+        write_files: completes a folder that holds the model.
     """
     weights = model_state(engine, model)
     moments = optimizer_state(engine, model, optimizer)
@@ -189,6 +191,7 @@ def save_state(
 
     def fill(folder: Path) -> None:
         write_model(folder, weights, model)
+        write_files(folder)
         save_file(moments, folder / OPTIMIZER, metadata={"format": "pt"})
         _share(folder / OPTIMIZER, folder)
         (folder / STATE).write_text(_json(state), encoding="utf-8")

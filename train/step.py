@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from g2vlm.data.batch import SceneBatch
 from g2vlm.errors import TrainingAborted
 from g2vlm.model.outputs import G2VLMOutput
 from train.config import GuardConfig
 from train.engine import Engine
-from train.objectives.report import LossReport, Objective
+from train.objectives.report import Batch, LossReport, Objective
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Trainer:
     def step(
         self,
         inputs: Mapping[str, Any],
-        batch: SceneBatch,
+        batch: Batch,
         spike: float | None = None,
         stop: bool = False,
         bad: int = 0,
@@ -99,7 +98,7 @@ class Trainer:
         return StepResult(values[0], terms, values[1], dropped, stop=values[3] > 0, bad=int(values[4]))
 
     @torch.no_grad()
-    def evaluate(self, inputs: Mapping[str, Any], batch: SceneBatch) -> tuple[dict[str, float], G2VLMOutput]:
+    def evaluate(self, inputs: Mapping[str, Any], batch: Batch) -> tuple[dict[str, float], G2VLMOutput]:
         """The joined loss and terms of a batch, and this rank's output."""
         output = self.model(**inputs)
         report: LossReport = {}

@@ -54,6 +54,10 @@ class SceneBatch(TensorFields):
             normals=self.normals,
         )
 
+    def groups(self) -> list[tuple[list[int], "SceneBatch"]]:
+        """The scenes of equal shape together: all."""
+        return [([*range(len(self.names))], self)]
+
 
 def collate(samples: Sequence[SceneSample]) -> SceneBatch:
     """Stack samples.

@@ -42,6 +42,8 @@ class MoTLayer(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Streams (G, D) and (U, D), rotary tables (T, K) -> the streams after the layer; `cache` grows."""
+        if cache is None and self._is_frozen(geometry):
+            return self._forward_frozen(geometry, semantic, cos, sin, plan, backend)
         num_geometry = geometry.shape[0]
         geometric_qkv = self.geometric.project(geometry, cos[:num_geometry], sin[:num_geometry])
         semantic_qkv = self.semantic.project(semantic, cos[num_geometry:], sin[num_geometry:])
@@ -58,6 +60,31 @@ class MoTLayer(nn.Module):
         """One text token per row (B, D), rotary tables (B, K) -> the stream after this layer, the `index`-th."""
         attended = rows.attend(index, *self.semantic.project(tokens, cos, sin))
         return self.semantic.update(tokens, attended)
+
+    def _is_frozen(self, geometry: Tensor) -> bool:
+        """Whether nothing that makes the geometry stream is trained while the semantic one is."""
+        makers = (geometry, *self.geometric.parameters())
+        return torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in makers)
+
+    def _forward_frozen(
+        self, geometry: Tensor, semantic: Tensor, cos: Tensor, sin: Tensor, plan: AttnPlan, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same values; no gradient flows through the geometry stream, and nothing is kept for it.
+
+        That stream sees text before the views, so without this the loss would reach the semantic expert through it (the
+        released trainer cuts it as well, by detaching).
+        """
+        num_geometry = geometry.shape[0]
+        before, after = plan.split(num_geometry)
+        semantic_qkv = self.semantic.project(semantic, cos[num_geometry:], sin[num_geometry:])
+        with torch.no_grad():
+            geometric_qkv = self.geometric.project(geometry, cos[:num_geometry], sin[:num_geometry])
+            k, v = (torch.cat(pair) for pair in zip(geometric_qkv[1:], semantic_qkv[1:], strict=True))
+            if num_geometry:
+                geometry = self.geometric.update(geometry, attend(geometric_qkv[0], k, v, before, backend=backend))
+        k, v = (torch.cat(pair) for pair in zip(geometric_qkv[1:], semantic_qkv[1:], strict=True))
+        attended = attend(semantic_qkv[0], k, v, after, backend=backend)
+        return geometry, self.semantic.update(semantic, attended)
 
 
 class MoTDecoder(nn.Module):

@@ -65,3 +65,14 @@ def test_keys_beyond_the_end_are_refused() -> None:
 
 def test_touching_key_ranges_are_allowed() -> None:
     assert AttnPlan((Block((0, 1), ((0, 2), (2, 3)), False),), 1, 3).mask().equal(torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_split_plans_are_halves_of_the_mask() -> None:
+    plan = AttnPlan(
+        (Block((0, 2), ((0, 4),), False), Block((2, 6), ((1, 3), (4, 6)), False), Block((6, 9), ((0, 9),), True)), 9, 9
+    )
+    for at in (0, 1, 2, 4, 6, 9):
+        before, after = plan.split(at)
+        assert torch.equal(torch.cat([before.mask(), after.mask()]), plan.mask())
+    with pytest.raises(ValueError, match="inside the causal block"):
+        plan.split(7)

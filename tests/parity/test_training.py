@@ -11,6 +11,7 @@ from torch import Tensor
 
 from g2vlm.checkpoint import load_model
 from g2vlm.convert.g2vlm_release import KEYMAP
+from g2vlm.data.chat.batch import ChatBatch
 from g2vlm.model.outputs import G2VLMOutput
 from g2vlm.processing import sequence_builder, view_grid
 from g2vlm.sequence import GeometryViews, PackedSequence, SemanticImage, Text
@@ -18,6 +19,8 @@ from geometry import GeometryPrediction
 from geometry.losses import GeometryLosses, GeometryLossWeights, GeometryTargets, geometry_losses
 from tests.parity import golden
 from tests.parity.test_g2vlm import PATCH, assert_close, in_sequence
+from train.config import LanguageConfig
+from train.objectives.language import LanguageObjective
 
 pytestmark = pytest.mark.parity
 FIXTURES = golden.cases("g2vlm_*/train_outputs.safetensors")
@@ -128,6 +131,23 @@ def test_hidden_states_and_cross_entropy(trained: SimpleNamespace) -> None:
     hidden = in_sequence(trained.sequence, output.geometric_hidden, output.semantic_hidden)
     assert_close(hidden, trained.expected["last_hidden"], "last_hidden")
     assert_close(trained.cross_entropy, trained.expected["ce_per_token"], "ce_per_token")
+
+
+@pytest.mark.parametrize("trained", FIXTURES, indirect=True)
+def test_language_objective(trained: SimpleNamespace) -> None:
+    """The trainer's token mean and its reweighting, from released losses per token."""
+    supervised = (trained.sequence.labels >= 0).nonzero().flatten()
+    batch = ChatBatch(trained.sequence, (), None, None, supervised, (), ())
+    losses, weights = trained.expected["ce_per_token"], trained.inputs["ce_loss_weights"]
+    expected = {"token": losses.mean(), "sample_sqrt": (losses * weights).sum() / weights.sum()}
+    counts = {"token": float(len(losses)), "sample_sqrt": weights.sum().item()}
+    assert len(set(weights.tolist())) > 1 or len(losses) == 1 or weights[0] < 1
+    for reduction, value in expected.items():
+        term = LanguageObjective(LanguageConfig(reduction=reduction))(trained.output, batch)["language"]
+        torch.testing.assert_close(term.value, value, rtol=1e-4, atol=0)
+        assert term.count.item() == pytest.approx(counts[reduction])
+    total = trained.expected["total_ce_mean_plus_dl"][0] - trained.expected["dl_total"][0]
+    torch.testing.assert_close(expected["token"], total, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("trained", FIXTURES, indirect=True)

@@ -3,18 +3,21 @@ from pathlib import Path
 
 import pytest
 
+from g2vlm.data.chat import registry as chat_registry
 from g2vlm.data.registry import build_source
 from g2vlm.data.rooms import RoomsSource, heldout_v1
 from g2vlm.errors import InputError
+from g2vlm.semantic_images import SemanticRule
 from train.config import RunConfig, load_config, parse, save_config
 from train.loop import preset_with
 from train.trainable import GROUPS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*stage1*.yaml")) + sorted((ROOT / "configs/ablations").glob("*.yaml"))
+JOINT = sorted((ROOT / "configs").glob("*stage2*.yaml"))
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CONFIGS + JOINT, ids=lambda file: file.stem)
 def test_every_config_parses(file: Path, tmp_path: Path) -> None:
     config = load_config(file)
     assert config.trainable.keys() <= GROUPS.keys()
@@ -51,6 +54,36 @@ def test_paper_scale_values() -> None:
         assert config.schedule.final_lr == 1e-7
         assert config.objectives.geometry is not None
         assert (config.objectives.geometry.translation, config.objectives.geometry.camera) == (200, 0.2)
+
+
+@pytest.mark.parametrize("name", ["tiny_stage2", "stage2_g2vlm"])
+def test_joint_strategies(name: str) -> None:
+    """Released flags (g2vlm_model section 16.3): what trains, and by which loss."""
+    vg_ce = "tiny_stage2_vg_ce" if name.startswith("tiny") else "stage2_vg_ce"
+    ce, ce_ce, both = (load_config(ROOT / f"configs/{own}.yaml") for own in (name, f"{name}_sr", vg_ce))
+    geometric = {"geometric_expert", "projection"}
+    assert {"semantic_expert", "embeddings", "lm_head"} <= ce.trainable.keys()
+    assert not (geometric | {"geometry_encoder"}) & ce.trainable.keys()
+    assert ce_ce.trainable.keys() == ce.trainable.keys() | geometric
+    assert both.trainable.keys() == ce_ce.trainable.keys() | {"geometry_heads"}
+    assert ce.objectives.geometry is ce_ce.objectives.geometry is None
+    assert both.objectives.geometry is not None
+    for config in (ce, ce_ce, both):
+        assert replace(config, trainable={}, objectives=ce.objectives) == replace(ce, trainable={})
+        assert config.objectives.language is not None
+        assert config.data.chat is not None
+        for source in (*config.data.chat.sources, *config.data.chat.validation):
+            assert source.name in chat_registry.SOURCES
+        assert (source.name in chat_registry.NEEDS_NO_ROOT) == (source.root is None)
+
+
+def test_joint_paper_scale_values() -> None:
+    config = load_config(ROOT / "configs/stage2_g2vlm.yaml")
+    assert config.data.chat is not None
+    assert (config.runtime.steps, config.optim.lr, config.schedule.warmup) == (16_000, 2e-5, 400)
+    assert (config.data.chat.tokens_per_pack, config.data.chat.view_size) == (40_960, (518, 518))
+    assert config.data.chat.images == SemanticRule.official()
+    assert (config.optim.eps, config.schedule.final_lr, config.optim.clip) == (1e-15, 1e-7, 1.0)
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:

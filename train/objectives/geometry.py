@@ -1,5 +1,6 @@
-"""Stage 1: points, normals and cameras of every scene of a batch (G2VLM eq. 2)."""
+"""Points, normals and cameras of every scene of a batch (G2VLM eq. 2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from g2vlm.sequence import GeometryAttention
 from geometry import GeometryPrediction, geometry_losses
 from geometry.losses import TERM_COUNTS
 from train.config import GeometryConfig
-from train.objectives.report import LossReport, Term
+from train.objectives.report import Batch, LossReport, Term, joined
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,16 @@ class GeometryObjective:
     config: GeometryConfig
     name: str = "geometry"
 
-    def __call__(self, output: G2VLMOutput, batch: SceneBatch) -> LossReport:
-        """Terms of a batch whose scenes are the geometry segments of the output, in order."""
-        assert output.geometry is not None
-        prediction = GeometryPrediction.stack(output.geometry)
-        losses = geometry_losses(prediction, batch.targets, self.config)
+    def __call__(self, output: G2VLMOutput, batch: Batch) -> LossReport:
+        """Terms of a batch whose scenes are the geometry segments of the output, in order.
+
+        A scene without depth has no entries; a batch without scenes (on all ranks: `Filling`) has no terms.
+        """
+        geometry = output.geometry or ()
+        return joined([self._report([geometry[i] for i in members], scenes) for members, scenes in batch.groups()])
+
+    def _report(self, predictions: Sequence[GeometryPrediction], scenes: SceneBatch) -> LossReport:
+        losses = geometry_losses(GeometryPrediction.stack(predictions), scenes.targets, self.config)
         factors = self.config.factors()
         return {
             name: Term(value, losses.counts[TERM_COUNTS[name]], self.config.weight * factors[name])

@@ -26,6 +26,7 @@ OPEN = 1.2  # least median metres over the image
 ARC = (math.radians(80), math.radians(130))  # of four or more wide views; fewer share a smaller one
 NEAR_ARC = (math.radians(10), math.radians(60))
 PAN_ARC = (math.radians(12), math.radians(92))
+TURN_ARC = (math.radians(220), math.radians(330))
 TRIES = 40  # per view before the excerpt starts anew
 PROBES = np.array([(x, y, 1.0) for y in (-0.4, 0.0, 0.4) for x in (-0.5, 0.0, 0.5)])  # rays of the view test
 MIDDLE = 4  # of the probes
@@ -176,8 +177,18 @@ def _around(target: Array, azimuth: float, width: float, obstacles: Obstacles, d
 
 def smooth(scene: Scene, num_views: int, draws: Draws) -> Cameras:
     """A walk with small steps and turns; views are in the order of the walk."""
+    return _walk(scene, num_views, draws, (0.12, 0.45))
+
+
+def stroll(scene: Scene, num_views: int, draws: Draws) -> Cameras:
+    """Like `smooth` with long steps, forwards, backwards or sideways."""
+    return _walk(scene, num_views, draws, (0.6, 1.6))
+
+
+def _walk(scene: Scene, num_views: int, draws: Draws, strides: tuple[float, float]) -> Cameras:
+    """A walk with steps of a length drawn from a range, or shorter in a full room."""
     obstacles, field_of_view = Obstacles(scene), draws.uniform(*FIELD_OF_VIEW)
-    for stride in _relaxing(draws, 0.12, 0.45):
+    for stride in _relaxing(draws, *strides):
         centre = _place(obstacles.room, 0.8, draws, HEIGHTS)
         gaze, pitch = draws.uniform(0, 2 * math.pi), draws.uniform(-0.3, 0.05)
         turn, heading = draws.uniform(-0.16, 0.16), draws.uniform(0, 2 * math.pi)
@@ -197,8 +208,18 @@ def smooth(scene: Scene, num_views: int, draws: Draws) -> Cameras:
 
 def pan(scene: Scene, num_views: int, draws: Draws) -> Cameras:
     """Looking around from about one place."""
+    return _turning(scene, num_views, draws, PAN_ARC)
+
+
+def turn(scene: Scene, num_views: int, draws: Draws) -> Cameras:
+    """Like `pan`, until most of the room has been seen."""
+    return _turning(scene, num_views, draws, TURN_ARC)
+
+
+def _turning(scene: Scene, num_views: int, draws: Draws, spreads: tuple[float, float]) -> Cameras:
+    """Views from about one place over an angle drawn from a range, or a smaller one in a full room."""
     obstacles, field_of_view = Obstacles(scene), draws.uniform(*FIELD_OF_VIEW)
-    for spread in _relaxing(draws, *PAN_ARC):
+    for spread in _relaxing(draws, *spreads):
         stand, gaze = _place(obstacles.room, 0.7, draws, HEIGHTS), draws.uniform(0, 2 * math.pi)
         pitch = draws.uniform(-0.3, 0.05)
         poses = []
@@ -257,5 +278,13 @@ def varied(scene: Scene, num_views: int, draws: Draws) -> Cameras:
     return law(scene, num_views, draws)
 
 
+def inquiring(scene: Scene, num_views: int, draws: Draws) -> Cameras:
+    """What questions about a room need: wide baselines, turns that show things one after the other, and strolls."""
+    share = draws.uniform()
+    law = wide if share < 0.4 else turn if share < 0.7 else stroll
+    return law(scene, num_views, draws)
+
+
 CameraLaw = Callable[[Scene, int, Draws], Cameras]
-CAMERA_LAWS: dict[str, CameraLaw] = {law.__name__: law for law in (wide, smooth, near, pan, mixed, varied)}
+LAWS = (wide, smooth, near, pan, turn, stroll, mixed, varied, inquiring)
+CAMERA_LAWS: dict[str, CameraLaw] = {law.__name__: law for law in LAWS}

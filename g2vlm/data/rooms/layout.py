@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import g2vlm.data.rooms.materials as materials
 from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.rooms.furniture import FIXTURES, FREE_FURNITURE, WALL_FURNITURE, Parts
-from g2vlm.data.rooms.scene import Composite, Light, Notch, OrientedBox, Room, Scene
+from g2vlm.data.rooms.scene import Composite, Light, Notch, OrientedBox, Room, Scene, Vector
 
 Range = tuple[float, float]
 Footprint = tuple[float, float, float, float, float]  # centre x, y; half extents along its axes; yaw
 
 WALL_GAP = 0.06  # between furniture and walls, wider than anything on the walls is thick
 CLEARANCE = 0.05  # between pieces of furniture
+HEADROOM = 0.1  # metres between resized furniture and the ceiling
 INWARD_YAW = (-math.pi / 2, math.pi / 2, 0.0, math.pi)  # of a composite with its back to the face -x, +x, -y, +y
 
 
@@ -27,6 +28,9 @@ class SceneLaw:
         fixtures: least and greatest number of windows and pictures besides the door.
         l_shaped: probability of a missing corner.
         coverage: furniture stops when it covers this share of the floor, once there is the least number.
+        longest: metres; the longest extent of every piece of furniture is drawn from it, all ratios equally likely, so
+            that what a thing is does not tell how large it is. None gives real sizes.
+        favourite: at most this share of the pieces, evenly drawn for each scene, are of one category.
     """
 
     width: Range
@@ -36,11 +40,16 @@ class SceneLaw:
     fixtures: tuple[int, int]
     l_shaped: float
     coverage: float = 0.38
+    longest: Range | None = None
+    favourite: float = 0.0
 
 
 LAWS = {
     "tiny": SceneLaw((4.0, 6.0), (3.5, 5.5), (2.4, 2.9), furniture=(6, 12), fixtures=(1, 3), l_shaped=0.15),
     "standard": SceneLaw((4.8, 8.0), (4.5, 7.0), (2.4, 3.2), furniture=(10, 25), fixtures=(2, 5), l_shaped=0.25),
+    "any_size": SceneLaw(
+        (3.0, 8.0), (3.0, 8.0), (2.4, 3.2), (6, 12), (1, 3), l_shaped=0.15, longest=(0.35, 2.2), favourite=0.9
+    ),
 }
 
 
@@ -116,12 +125,19 @@ def _on_wall(
 def _furniture(law: SceneLaw, room: Room, fixtures: tuple[Composite, ...], draws: Draws) -> tuple[Composite, ...]:
     least, _ = law.furniture
     wanted, placed = draws.integer(*law.furniture), []
+    favourite, share = None, 0.0
+    if law.favourite:
+        favourite, share = draws.choice(tuple(FREE_FURNITURE)), law.favourite * draws.uniform()
     blocked = [_passage(fixture) for fixture in fixtures if fixture.category == "door"] + _notch_footprints(room)
     covered, limit = 0.0, law.coverage * room.area
     for _ in range(6 * wanted):
         if len(placed) == wanted or (covered > limit and len(placed) >= least):
             break
-        composite = _piece(room, placed, blocked, small=covered > limit or len(placed) > wanted // 2, draws=draws)
+        if favourite is not None and draws.chance(share):
+            composite = _free(favourite, law, room, blocked, draws)
+        else:
+            small = covered > limit or len(placed) > wanted // 2
+            composite = _piece(law, room, placed, blocked, small, draws)
         if composite is not None:
             placed.append(composite)
             blocked.append(footprint(composite.box))
@@ -130,15 +146,20 @@ def _furniture(law: SceneLaw, room: Room, fixtures: tuple[Composite, ...], draws
 
 
 def _piece(
-    room: Room, placed: list[Composite], blocked: list[Footprint], small: bool, draws: Draws
+    law: SceneLaw, room: Room, placed: list[Composite], blocked: list[Footprint], small: bool, draws: Draws
 ) -> Composite | None:
     """One more piece of furniture, against a wall or free; None when it found no place."""
-    if not small and draws.chance(0.6):
-        category = draws.choice(tuple(WALL_FURNITURE))
-        composite = _on_wall(category, WALL_FURNITURE[category](draws), room, WALL_GAP, placed, draws)
-        return None if composite is None or _hits(footprint(composite.box), blocked) else composite
-    category = draws.choice(tuple(FREE_FURNITURE))
-    parts = FREE_FURNITURE[category](draws)
+    if small or not draws.chance(0.6):
+        return _free(draws.choice(tuple(FREE_FURNITURE)), law, room, blocked, draws)
+    category = draws.choice(tuple(WALL_FURNITURE))
+    parts = _sized(WALL_FURNITURE[category](draws), law, room, draws)
+    composite = _on_wall(category, parts, room, WALL_GAP, placed, draws)
+    return None if composite is None or _hits(footprint(composite.box), blocked) else composite
+
+
+def _free(category: str, law: SceneLaw, room: Room, blocked: list[Footprint], draws: Draws) -> Composite | None:
+    """A piece of a category that stands anywhere; None when it found no place."""
+    parts = _sized(FREE_FURNITURE[category](draws), law, room, draws)
     for _ in range(8):
         position = ((draws.uniform() - 0.5) * room.size[0], (draws.uniform() - 0.5) * room.size[1])
         composite = Composite(category, position, draws.uniform(-math.pi, math.pi), parts)
@@ -146,6 +167,22 @@ def _piece(
         if _inside(outline, room) and not _hits(outline, blocked):
             return composite
     return None
+
+
+def _sized(parts: Parts, law: SceneLaw, room: Room, draws: Draws) -> Parts:
+    """Parts at the size that the law draws, below the ceiling; materials keep their scale."""
+    if law.longest is None:
+        return parts
+    least, most = law.longest
+    size = Composite("", (0.0, 0.0), 0.0, parts).box.size
+    factor = least * (most / least) ** draws.uniform() / max(size)
+    factor = min(factor, (room.size[2] - HEADROOM) / size[2])
+    return tuple(replace(part, centre=_times(part.centre, factor), size=_times(part.size, factor)) for part in parts)
+
+
+def _times(vector: Vector, factor: float) -> Vector:
+    x, y, z = vector
+    return factor * x, factor * y, factor * z
 
 
 def _passage(door: Composite) -> Footprint:

@@ -74,6 +74,18 @@ class RoomsSource:
         """The exact state of a scene."""
         return _built(self.law, self._seed(scene), "cpu")[0]
 
+    def index(self, name: str) -> int:
+        """The number of the scene of this name.
+
+        Raises:
+            InputError: it is not the name of a scene of this source.
+        """
+        digits = name.removeprefix("rooms-")
+        number = int(digits) - self._first if digits.isdecimal() else -1
+        if not 0 <= number < NUM_SCENES or not name.startswith("rooms-"):
+            raise InputError(f"rooms: scene {name!r}", "this source has no scene of that name", "check split and seed")
+        return number
+
     def excerpt(self, scene: int, request: ViewRequest) -> Cameras:
         """The cameras of a request."""
         draws = Draws(self._seed(scene), CAMERA_STREAM, request.seed)

@@ -94,6 +94,26 @@ class AttnPlan:
         if covered != self.num_queries:
             raise ValueError(f"blocks cover {covered} queries, num_queries is {self.num_queries}")
 
+    def split(self, at: int) -> "tuple[AttnPlan, AttnPlan]":
+        """The plans of the queries before and from `at` on, over the same keys.
+
+        Raises:
+            ValueError: `at` is inside a causal block.
+        """
+        parts: tuple[list[Block], list[Block]] = ([], [])
+        for block in self.blocks:
+            start, stop = block.q_range
+            if block.causal and start < at < stop:
+                raise ValueError(f"query {at} is inside the causal block of queries {block.q_range}")
+            if start < at:
+                parts[0].append(Block((start, min(stop, at)), block.key_ranges, block.causal))
+            if stop > at:
+                parts[1].append(Block((max(start, at) - at, stop - at), block.key_ranges, block.causal))
+        return (
+            AttnPlan(tuple(parts[0]), at, self.num_keys),
+            AttnPlan(tuple(parts[1]), self.num_queries - at, self.num_keys),
+        )
+
     def mask(self) -> Tensor:
         """Dense (num_queries, num_keys) bool mask, True = may attend. For the oracle and tests only."""
         mask = torch.zeros(self.num_queries, self.num_keys, dtype=torch.bool)

@@ -1,0 +1,95 @@
+"""From a conversation to the segments of a sequence, and how many tokens they have.
+
+One question is laid out as `chat_segments` does; a scene stands in front of the user's first words. A further turn
+follows the end-of-turn token of the answer before it, as in Qwen's chat template.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from g2vlm.config import G2VLMConfig
+from g2vlm.data.chat.types import ChatShape, ImageAt, Size, Turn
+from g2vlm.errors import CheckpointError, InputError
+from g2vlm.prompts import RECON_PROMPT, SPECIAL_TOKENS, ChatTokenizer, Part, chat_segments
+from g2vlm.semantic_images import SemanticRule, semantic_grid
+from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text
+
+USER = "\n<|im_start|>user\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant"
+
+
+@dataclass(frozen=True)
+class ChatLayout:
+    """How conversations become the tokens of one model.
+
+    Args:
+        tokenizer: the model's.
+        config: the model's.
+        rule: of the semantic images' sizes.
+        views_prompt: the sentence before the views, as in the model's processor.
+
+    Raises:
+        CheckpointError: the tokenizer is not the model's.
+    """
+
+    tokenizer: ChatTokenizer
+    config: G2VLMConfig
+    rule: SemanticRule
+    views_prompt: str = RECON_PROMPT
+
+    def __post_init__(self) -> None:
+        for name, token in SPECIAL_TOKENS.items():
+            given, wanted = getattr(self.tokenizer.ids, name), getattr(self.config.tokens, name)
+            if given != wanted:
+                raise CheckpointError(
+                    "the tokenizer is not the model's",
+                    f"{token} has id {given}, and {wanted} in the model's config",
+                    "put the checkpoint's own tokenizer files into its folder",
+                )
+
+    def segments(self, shape: ChatShape) -> list[Segment]:
+        """The sample's segments in sequence order.
+
+        Raises:
+            InputError: an image or a view of a size that its encoder does not take.
+        """
+        merge = self.config.semantic_encoder.merge_size
+        images = [SemanticImage(semantic_grid(size, self.rule), merge) for size in shape.image_sizes]
+        first, *later = shape.turns
+        scene: list[Part] = [self.views_prompt, self.views(shape.num_views, shape.view_size)] if shape.num_views else []
+        segments = chat_segments(self.tokenizer, [*scene, *_shown(first, images)], first.answer)
+        for turn in later:
+            parts = [USER, *_shown(turn, images), ASSISTANT]
+            segments += [Text(self.tokenizer.encode(part)) if isinstance(part, str) else part for part in parts if part]
+            segments.append(Text(self.tokenizer.encode(f"\n{turn.answer}"), supervised=True))
+        return segments
+
+    def views(self, num_views: int, size: Size) -> GeometryViews:
+        """The segment of a scene.
+
+        Raises:
+            InputError: a side is not a multiple of the patch.
+        """
+        patch = self.config.geometry_encoder.patch_size
+        if size[0] % patch or size[1] % patch:
+            raise InputError(f"views of {size[1]} x {size[0]}", f"sides are multiples of {patch}", "change view_size")
+        return GeometryViews(((size[0] // patch, size[1] // patch),) * num_views)
+
+    def num_tokens(self, shape: ChatShape) -> int:
+        """Length of the sample's sequence at most; errors as in `segments`."""
+        return sum(segment_length(segment) for segment in self.segments(shape)) + shape.spare
+
+
+def segment_length(segment: Segment) -> int:
+    """Tokens of a segment, markers and the end of an answer included."""
+    if isinstance(segment, Text):
+        return len(segment.ids) + segment.supervised
+    if isinstance(segment, SemanticImage):
+        return math.prod(segment.grid) // segment.merge**2 + 2
+    return sum(math.prod(grid) + 2 for grid in segment.grids)
+
+
+def _shown(turn: Turn, images: Sequence[SemanticImage]) -> list[Part]:
+    """A turn's parts with the images at their places."""
+    return [images[part.index] if isinstance(part, ImageAt) else part for part in turn.parts]

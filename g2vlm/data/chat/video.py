@@ -1,0 +1,77 @@
+"""Frames of a video: of a folder of images, or of a file through PyAV (extra `video`).
+
+T frames, H, W pixels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from g2vlm.errors import InputError, MissingExtra
+from g2vlm.images import list_images
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` indices, the first and the last among them, evenly spread."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted))})
+
+
+def frame_files(folder: Path, wanted: int) -> list[Path]:
+    """At most `wanted` images of a folder in natural order, evenly spread.
+
+    Raises:
+        InputError: it holds no image.
+    """
+    files = list_images(folder)
+    return [files[i] for i in spread(len(files), wanted)]
+
+
+def video_size(path: Path) -> tuple[int, int]:
+    """(H, W) of a video file, from its header.
+
+    Raises:
+        MissingExtra: PyAV is not installed.
+        InputError: the file cannot be read.
+    """
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        return stream.height, stream.width
+
+
+def read_frames(path: Path, count: int) -> list[np.ndarray]:
+    """`count` frames (H, W, 3) uint8 RGB at evenly spread times of a video file; errors as in `video_size`."""
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        end = float((stream.duration or 0) * (stream.time_base or 0)) or float(container.duration or 0) / 1e6
+        first, wanted = stream.start_time or 0, [end * (i + 0.5) / count for i in range(count)]
+        found: list[np.ndarray] = []
+        last: Any = None
+        for frame in container.decode(stream):
+            last = frame
+            while len(found) < count and float((frame.pts - first) * stream.time_base) >= wanted[len(found)]:
+                found.append(frame.to_ndarray(format="rgb24"))
+            if len(found) == count:
+                break
+        if last is None:
+            raise InputError(f"cannot read video  {path}", "it holds no frame", "remove or replace it")
+        return found + [last.to_ndarray(format="rgb24")] * (count - len(found))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        import av  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise MissingExtra(
+            f"cannot read video  {path}",
+            "PyAV is not installed",
+            "pip install 'g2vlm[video]', or use folders of frames",
+        ) from None
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise InputError(f"cannot read video  {path}", str(error), "remove or replace it") from error

@@ -1,0 +1,245 @@
+"""What a run learns from, scenes or questions, behind one interface: batches in order and the model's inputs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch.utils.data import Dataset
+
+from g2vlm.companions import PROCESSOR, has_tokenizer
+from g2vlm.config import EMBEDDED_TOKENS, G2VLMConfig
+from g2vlm.data.batch import SceneBatch
+from g2vlm.data.chat.batch import ChatBatch, chat_inputs, collate_chats
+from g2vlm.data.chat.layout import ChatLayout
+from g2vlm.data.chat.types import ChatSample
+from g2vlm.data.frames import FrameSource
+from g2vlm.data.transforms import augment_colours
+from g2vlm.data.types import SceneSource
+from g2vlm.errors import InputError, TooManyBadFiles
+from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.prompts import ChatTokenizer
+from g2vlm.sequence import GeometryAttention
+from g2vlm.weights import read_json
+from train.config import DataConfig, RunConfig
+from train.engine import Engine
+from train.loader import BadSample, Batches, LoadedBatch, StepDataset, batches
+from train.objectives.geometry import recon_batch_inputs
+from train.packing import ChatMixture, Item, PackStream, StepPlan
+from train.sampler import Sampler
+
+VALIDATION_SEED = 1_000_003
+
+
+class Feed(Protocol):
+    """Batches of one process, and what the model's forward takes for each."""
+
+    @property
+    def unit(self) -> str:
+        """What `LoadedBatch.work` counts."""
+        ...
+
+    def batches(self, steps: range, start: int, workers: int) -> Iterator[LoadedBatch]:
+        """The batches of consecutive steps; `start` is the `end` of the batch before, 0 for the first of a run."""
+        ...
+
+    def inputs(self, batch: Any, step: int) -> dict[str, Any]:
+        """Keyword arguments of the model's forward for a batch on the model's device."""
+        ...
+
+    def scenes(self, batch: Any) -> SceneBatch | None:
+        """The truth of the model's first scene, for a picture; None without any."""
+        ...
+
+    def write_files(self, folder: Path) -> None:
+        """Complete the folder of a model with what it learned to expect."""
+        ...
+
+
+@dataclass(frozen=True)
+class SceneFeed:
+    """Scenes alone.
+
+    Args:
+        dataset: one batch per step.
+        config: of the model.
+        global_points: whether they are predicted.
+        mixed: whether the sampler's coin chooses the attention where it is mixed; else it is global.
+    """
+
+    dataset: StepDataset
+    config: G2VLMConfig
+    global_points: bool
+    mixed: bool
+    unit: str = "views"
+
+    def batches(self, steps: range, start: int, workers: int) -> Iterator[LoadedBatch]:
+        """The step's number says everything."""
+        return batches(self.dataset, steps, workers)
+
+    def inputs(self, batch: SceneBatch, step: int) -> dict[str, Any]:
+        """The released reconstruction sequence for every scene."""
+        coin = self.mixed and self.dataset.sampler.coin(step)
+        return recon_batch_inputs(batch, self.config, coin, self.global_points)
+
+    def scenes(self, batch: SceneBatch) -> SceneBatch | None:
+        """All of them."""
+        return batch
+
+    def write_files(self, folder: Path) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class PackDataset(Dataset[LoadedBatch]):
+    """Maps the plan of a step to this rank's pack.
+
+    Args:
+        stream: that made the plan.
+        augment: change the views' colours at random.
+        mixed: whether the stream's coin chooses the attention.
+    """
+
+    stream: PackStream
+    augment: bool = False
+    mixed: bool = False
+    frame_sources: tuple[FrameSource, ...] = ()
+
+    def __getitem__(self, plan: StepPlan) -> LoadedBatch:
+        """The pack; questions whose pictures cannot be read after all are left out of it."""
+        bad = [*plan.bad]
+        samples = [sample for item in plan.items if (sample := self._readable(item, bad)) is not None]
+        attention = ("frame" if self.stream.coin(plan.step) else "global") if self.mixed else None
+        batch = collate_chats(samples, self.stream.layout, plan.filling, cast(GeometryAttention | None, attention))
+        facts = plan.facts
+        return LoadedBatch(batch, tuple(bad), plan.step, facts["samples"], facts["tokens"], facts, plan.end)
+
+    def _readable(self, item: Item, bad: list[BadSample]) -> ChatSample | None:
+        try:
+            sample = self.stream.mixture.sources[item.source].load(item.index, item.seed)
+        except TooManyBadFiles:
+            raise
+        except InputError as error:
+            bad.append(BadSample(self.stream.name(item), str(error)))
+            return None
+        if sample.scene is None or not self.augment:
+            return sample
+        return replace(sample, scene=replace(sample.scene, images=augment_colours(sample.scene.images, item.seed)))
+
+
+@dataclass(frozen=True)
+class ChatFeed:
+    """Packed questions.
+
+    Args:
+        dataset: of packs.
+        rank, world: of the process.
+        geometry, global_points: what the geometry heads predict.
+    """
+
+    dataset: PackDataset
+    rank: int
+    world: int
+    geometry: bool
+    global_points: bool
+    unit: str = "tokens"
+
+    def batches(self, steps: range, start: int, workers: int) -> Iterator[LoadedBatch]:
+        """Planned here, in order; workers only load."""
+        plans = self.dataset.stream.plans(steps, start, self.rank, self.world)
+        loader: Batches = self.dataset
+        return batches(loader, plans, workers)
+
+    def inputs(self, batch: ChatBatch, step: int) -> dict[str, Any]:
+        """Logits of the answers, and geometry if it is learned."""
+        return chat_inputs(batch, self.geometry, self.global_points)
+
+    def scenes(self, batch: ChatBatch) -> SceneBatch | None:
+        """The first, if its depth is known."""
+        first = batch.scenes[0] if batch.scenes else None
+        return first if first is not None and bool(first.valid.any()) else None
+
+    def write_files(self, folder: Path) -> None:
+        """The processor as the model was trained: image sizes and the sentence before the views."""
+        stream = self.dataset.stream
+        trained = {
+            "semantic_rule": asdict(stream.layout.rule),
+            "views_prompt": stream.layout.views_prompt,
+            "view_width": stream.view_size[1],
+        }
+        values = read_json(folder / PROCESSOR) | trained
+        (folder / PROCESSOR).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def build_feed(
+    config: RunConfig,
+    source: SceneSource | ChatMixture,
+    model: G2VLMForConditionalGeneration,
+    engine: Engine,
+    seed: int,
+    varied: bool = True,
+) -> Feed:
+    """What a run trains or validates on.
+
+    Args:
+        config: of the run.
+        source: of scenes or questions.
+        model: the model itself, not what the engine's `wrap` returned.
+        engine: of the run.
+        seed: of what is drawn.
+        varied: change colours, and draw the attention where it is mixed; without it, it is global.
+
+    Raises:
+        InputError: the data do not fit the model.
+        CheckpointError: questions are asked, and the model has no tokenizer.
+    """
+    geometry = config.objectives.geometry
+    augment = varied and config.data.color_augmentation
+    mixed = varied and model.config.geometry_attention == "mixed"
+    global_points = geometry is not None and bool(geometry.global_points)
+    if isinstance(source, ChatMixture):
+        dataset = PackDataset(build_stream(config, source, model, seed), augment, mixed)
+        global_points = global_points and model.config.heads.global_points
+        return ChatFeed(dataset, engine.rank, engine.world, geometry is not None, global_points)
+    sampler = build_sampler(config.data, source, seed, model.config)
+    return SceneFeed(StepDataset(sampler, engine.rank, engine.world, augment), model.config, global_points, mixed)
+
+
+def build_sampler(config: DataConfig, source: SceneSource, seed: int, model: G2VLMConfig) -> Sampler:
+    """The sampler of a run; the single encoder needs sides that its patch merger divides."""
+    patch = model.geometry_encoder.patch_size
+    return Sampler(
+        sources=(source,),
+        seed=seed,
+        views=config.views,
+        width=config.width,
+        aspect=config.aspect,
+        images_per_step=config.images_per_step,
+        scenes_multiple_of=config.scenes_multiple_of,
+        side_multiple_of=patch * model.semantic_encoder.merge_size if model.encoders == "single" else patch,
+    )
+
+
+def build_stream(
+    config: RunConfig, mixture: ChatMixture, model: G2VLMForConditionalGeneration, seed: int
+) -> PackStream:
+    """The stream of packs of a run; errors as in `build_feed`."""
+    chat = config.data.chat
+    assert chat is not None
+    layout = ChatLayout(tokenizer_of(model.config), model.config, chat.images, chat.views_prompt)
+    layout.views(1, chat.view_size)
+    apart = model.geometry_encoder.keeps_images_apart
+    return PackStream(mixture, layout, seed, chat.tokens_per_pack, chat.view_size, scenes_alone=not apart)
+
+
+def tokenizer_of(config: G2VLMConfig) -> ChatTokenizer:
+    """The tokenizer of the folder that a model was loaded from; the embedded one for models that speak its vocabulary.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = Path(config.name_or_path or "")
+    if config.tokens == EMBEDDED_TOKENS and not (config.name_or_path and has_tokenizer(folder)):
+        return ChatTokenizer.embedded()
+    return ChatTokenizer.open(folder)
