@@ -4,23 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import Qwen2Tokenizer
-
 from g2vlm.config import TokenIds
 from g2vlm.errors import CheckpointError
+from g2vlm.prompts import RECON_PROMPT, SPECIAL_TOKENS, open_tokenizer
 from g2vlm.weights import read_json
 
 log = logging.getLogger(__name__)
 
 SPECIAL_IDS = "special_ids.json"
-RECON_PROMPT = "Reconstruct the 3D scene."
-SPECIAL_TOKENS = {
-    "bos": "<|im_start|>",
-    "eos": "<|im_end|>",
-    "vision_start": "<|vision_start|>",
-    "vision_end": "<|vision_end|>",
-}
 
 
 def read_tokens(folder: Path, vocab_size: int) -> TokenIds:
@@ -32,11 +23,12 @@ def read_tokens(folder: Path, vocab_size: int) -> TokenIds:
     Raises:
         CheckpointError: the files are damaged, lack a special token, or name one outside the vocabulary.
     """
-    tokenizer = _open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     values: dict[str, Any] = {}
     if tokenizer is not None:
-        values = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
-        values["recon_prompt"] = tuple(tokenizer.encode(RECON_PROMPT, add_special_tokens=False).ids)
+        vocabulary = tokenizer.get_vocab()
+        values = {name: vocabulary.get(token) for name, token in SPECIAL_TOKENS.items()}
+        values["recon_prompt"] = tuple(tokenizer.encode(RECON_PROMPT, add_special_tokens=False))
     if (folder / SPECIAL_IDS).is_file():
         known = (*SPECIAL_TOKENS, "recon_prompt")
         values |= {key: value for key, value in read_json(folder / SPECIAL_IDS).items() if key in known}
@@ -45,17 +37,6 @@ def read_tokens(folder: Path, vocab_size: int) -> TokenIds:
     tokens = TokenIds(**values)
     _check(folder, tokens, vocab_size)
     return tokens
-
-
-def _open_tokenizer(folder: Path) -> Tokenizer | None:
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
-    except Exception as error:  # the libraries raise bare Exception on damaged files
-        raise CheckpointError(f"unreadable tokenizer in {folder}", str(error), "copy its files again") from None
-    return None
 
 
 def _check(folder: Path, tokens: TokenIds, vocab_size: int) -> None:

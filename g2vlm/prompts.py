@@ -1,0 +1,116 @@
+"""Text into ids and questions into segments: the released chat template around views, images and text.
+
+Ids are looked up in the tokenizer of the checkpoint. As in the released code, the text of a special token inside a
+prompt becomes that token: `<|im_end|>` typed by a user ends the user's turn. Whoever passes on text of strangers and
+minds that removes such strings first; `SPECIAL_TOKENS` holds those that mean something to the model.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from g2vlm.errors import CheckpointError
+from g2vlm.sequence import GeometryViews, Segment, SemanticImage, SpecialIds, Text
+
+SYSTEM = "You are a helpful assistant."
+RECON_PROMPT = "Reconstruct the 3D scene."
+SPECIAL_TOKENS = {
+    "bos": "<|im_start|>",
+    "eos": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}
+"""Text of the fields of `SpecialIds`."""
+EMBEDDED = Path(__file__).parent / "assets" / "tokenizer"
+
+Part = str | GeometryViews | SemanticImage
+"""What a question consists of."""
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that lies in a folder, None without one; nothing is downloaded and no code of the folder runs.
+
+    Raises:
+        CheckpointError: its files are damaged.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the libraries raise bare Exception on damaged files
+        raise CheckpointError(f"unreadable tokenizer in {folder}", str(error), "copy its files again") from None
+    return None
+
+
+class ChatTokenizer:
+    """A tokenizer that has the special tokens of a G2VLM.
+
+    Args:
+        tokenizer: of a checkpoint.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: a special token is missing.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str = "the model"):
+        self.tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]:
+            raise CheckpointError(
+                f"unusable tokenizer of {name}",
+                f"it has no token {', '.join(missing)}",
+                "put the checkpoint's own tokenizer files into its folder",
+            )
+        self.ids = SpecialIds(**{name: vocabulary[token] for name, token in SPECIAL_TOKENS.items()})
+
+    @classmethod
+    def open(cls, folder: Path) -> "ChatTokenizer":
+        """The tokenizer of a checkpoint folder.
+
+        Raises:
+            CheckpointError: it is absent, damaged, or lacks a special token.
+        """
+        tokenizer = open_tokenizer(folder)
+        if tokenizer is None:
+            raise CheckpointError(
+                f"no tokenizer in {folder}",
+                "there is neither tokenizer.json nor vocab.json with merges.txt",
+                "put the checkpoint's own tokenizer files into the folder",
+            )
+        return cls(tokenizer, str(folder))
+
+    @classmethod
+    def embedded(cls) -> "ChatTokenizer":
+        """The tokenizer of the presets `tiny` and `small`."""
+        return cls.open(EMBEDDED)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a text; the text of a special token becomes its id, and nothing is added."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self.tokenizer.backend_tokenizer.decode([*ids], skip_special_tokens=True)
+
+
+def chat_segments(tokenizer: ChatTokenizer, parts: Sequence[Part], answer: str | None = None) -> list[Segment]:
+    """One question to the model (G2VLM released code, `chat_with_recon` and the joint training samples).
+
+    Header, parts in order, assistant header, each text tokenised on its own; empty texts are left out. What follows is
+    the newline whose successor is the first token of the answer, or, to train, the newline and the answer.
+
+    Args:
+        tokenizer: of the checkpoint.
+        parts: text, geometry views and semantic images of the user's turn.
+        answer: what the model should say; None if it is to be asked.
+    """
+    turn: list[Part] = [
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n",
+        *parts,
+        "<|im_end|>\n<|im_start|>assistant",
+    ]
+    segments = [Text(tokenizer.encode(part)) if isinstance(part, str) else part for part in turn if part != ""]
+    return [*segments, Text(tokenizer.encode(f"\n{answer or ''}"), supervised=answer is not None)]
