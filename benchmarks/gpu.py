@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA device, in calls under nine minutes: tests, attention, precision, data, layer, recon.
+"""All that needs a CUDA device, in calls under nine minutes: tests, attention, precision, data, layer, chat, recon.
 
 `python -m benchmarks.gpu` runs the steps in order until its budget is used; the next call goes on where this one
 stopped. A step is done when the output folder or benchmarks/results holds its complete result for these sources. No
@@ -46,6 +46,7 @@ STEPS = (
     Step("precision", ("benchmarks.precision",), 30),
     Step("data", ("benchmarks.data",), 30),
     Step("layer", ("benchmarks.layer",), 60),
+    Step("generate", ("benchmarks.generate",), 60),
     Step("recon_224", ("benchmarks.recon", "--sizes", "224", "--name", "recon_224"), 60, takes_budget=True),
     Step("recon_518", ("benchmarks.recon", "--sizes", "518", "--name", "recon_518"), 60, takes_budget=True),
 )

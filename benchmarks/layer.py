@@ -143,7 +143,8 @@ def gather(case: Case, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     geometric, semantic = case.layer.geometric, case.layer.semantic
 
     def each(x: Tensor, name: str) -> Tensor:
-        return _by_index(x, case, geometric.get_submodule(name), semantic.get_submodule(name))
+        indices, modules = (case.geometric, case.semantic), (geometric, semantic)
+        return by_index(x, indices, [module.get_submodule(name) for module in modules])
 
     normed = each(tokens, "input_norm")
     q, k, v = (each(normed, f"attention.{x}_proj").unflatten(-1, (-1, cos.shape[-1])) for x in "qkv")
@@ -154,12 +155,12 @@ def gather(case: Case, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return tokens + each(each(each(tokens, "post_attention_norm"), "mlp"), "mlp_scale")
 
 
-def _by_index(x: Tensor, case: Case, geometric: nn.Module, semantic: nn.Module) -> Tensor:
-    """x (T, ...) -> (T, ...), each expert's rows through its own module."""
-    geometry_rows, semantic_rows = geometric(x[case.geometric]), semantic(x[case.semantic])
-    out = x.new_zeros(x.shape[0], *geometry_rows.shape[1:])
-    out[case.geometric] = geometry_rows
-    out[case.semantic] = semantic_rows
+def by_index(x: Tensor, indices: Sequence[Tensor], modules: Sequence[nn.Module]) -> Tensor:
+    """x (T, ...) -> (T, ...), the rows of each index through its own module."""
+    rows = [module(x[index]) for index, module in zip(indices, modules, strict=True)]
+    out = x.new_zeros(x.shape[0], *rows[0].shape[1:])
+    for index, values in zip(indices, rows, strict=True):
+        out[index] = values
     return out
 
 

@@ -60,6 +60,7 @@ class Rows:
     """The state of decoding B answers at once: preallocated keys and values, and each row's next position.
 
     What a row sees lies at the right end of its first `length` columns, so that every step fills one column for all.
+    The columns are written in place: there are no gradients through them.
 
     Args:
         keys, values: per layer, (B, M, L, K).
@@ -75,6 +76,7 @@ class Rows:
     visible: Tensor | None = field(default=None)
 
     @classmethod
+    @torch.no_grad()
     def after(cls, sequence: PackedSequence, cache: KVCache, room: int) -> "Rows":
         """One row for each sample of a sequence that the cache ends with.
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, data, gpu, gpu_tests, layer, precision, recon
+from benchmarks import attention, data, generate, gpu, gpu_tests, layer, precision, recon
 from benchmarks.common import OutputsDiffer
 from g2vlm.model import attention as model_attention
 from g2vlm.model.attention import registry
@@ -108,6 +108,31 @@ def test_attention_reports_and_then_fails_on_a_wrong_backend(
     with pytest.raises(OutputsDiffer, match=r"wrong on recon global in torch\.float32"):
         attention.main(["--cpu", "--tiny"])
     assert "needs another device" in capsys.readouterr().out
+
+
+def test_generate(tmp_path: Path) -> None:
+    generate.main(["--cpu", "--tiny", "--contexts", "40", "100", "--batch", "3", "--output", str(tmp_path)])
+    rows = result(tmp_path, "generate")["rows"]
+    variants = [("prefill", "ours"), ("prefill", "official")]
+    variants += [("decode", "ours"), ("decode", "official"), ("decode", "ours, 3 rows")]
+    assert [(row["context"], row["phase"], row["variant"]) for row in rows] == [
+        (context, *variant) for context in (40, 100) for variant in variants
+    ]
+    assert all(row["time / ours"] == 1 for row in rows if row["variant"] == "ours")
+
+
+@pytest.mark.parametrize(("part", "message"), [("official_prefill", "prefill"), ("official_decode", "decoding")])
+def test_a_wrong_chat_is_not_timed(monkeypatch: pytest.MonkeyPatch, part: str, message: str) -> None:
+    right = generate.official_forward
+
+    def wrong(*arguments):
+        hidden, cache = right(*arguments)
+        decoding = hidden.shape[0] == 1
+        return hidden * (1.01 if decoding == (part == "official_decode") else 1.0), cache
+
+    monkeypatch.setattr(generate, "official_forward", wrong)
+    with pytest.raises(OutputsDiffer, match=message):
+        generate.main(["--cpu", "--tiny", "--contexts", "40"])
 
 
 def test_precision(tmp_path: Path) -> None:
