@@ -223,13 +223,13 @@ class Bench:
         """Of the logits."""
         return TOLERANCES[self.model.embed_tokens.weight.dtype]
 
-    def decode_floor(self, context: int) -> float:
-        """Seconds to read, once, the weights of the text's path and the keys and values of the context."""
+    def decode_floor(self, context: int, num_rows: int) -> float:
+        """Seconds to read the weights of the text's path once, and every row's keys and values of the context."""
         model, config = self.model, self.model.config.decoder
         parts = [model.lm_head, *(layer.get_submodule("semantic") for layer in model.decoder.layers)]
         weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
         keys = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.lm_head.weight.element_size()
-        return (weights + keys * context) / self.ceilings.copy_bytes
+        return (weights + keys * context * num_rows) / self.ceilings.copy_bytes
 
 
 def measure(bench: Bench, context: int) -> list[dict[str, object]]:
@@ -267,8 +267,9 @@ def _table(
     timings = time_variants(runs, bench.device, bench.repeats)
     found = []
     for name, run in runs.items():
-        tokens = num_tokens * (bench.batch if name.endswith("rows") else 1)
-        floor = bench.decode_floor(context) * num_tokens if phase == "decode" else None
+        num_rows = bench.batch if name.endswith("rows") else 1
+        tokens = num_tokens * num_rows
+        floor = bench.decode_floor(context, num_rows) * num_tokens if phase == "decode" else None
         found.append(_row(timings, name, tokens, floor, error) | {"peak GB": gigabytes(peak_memory(run, bench.device))})
     return [{"context": context, "phase": phase, **row} for row in found]
 

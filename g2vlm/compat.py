@@ -87,15 +87,19 @@ class PackedGenerationMixin(GenerationMixin):
         return last, "sequence", {**model_kwargs, "input_ids": last[:, :0]}
 
     def _prepare_special_tokens(
-        self, generation_config: GenerationConfig, kwargs_has_attention_mask: Any = None, **options: Any
+        self,
+        generation_config: GenerationConfig,
+        kwargs_has_attention_mask: bool | None = None,
+        device: Any = None,
+        batch_size: int | None = None,
     ) -> None:
         """Every row's context is known, as with an attention mask, so padding with eos is no reason to warn."""
-        super()._prepare_special_tokens(generation_config, kwargs_has_attention_mask=True, **options)
+        parent: Any = super()
+        parent._prepare_special_tokens(generation_config, True, device=device, batch_size=batch_size)
 
-    @staticmethod
     def _expand_inputs_for_generation(
-        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> Any:
         """Only the ids are repeated; the context is computed once and its keys are repeated afterwards."""
         return input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
 

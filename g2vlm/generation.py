@@ -127,8 +127,7 @@ def answer(
         batch = continuations[start : start + options.batch_size]
         sequence = builder.extend(prefix.sequence, batch, parents=[0] * len(batch)).to(model.device)
         growing = [_Growing(start + i, model.config.tokens.eos, options, decode, stream) for i in range(len(batch))]
-        output = _first_logits(model, sequence, cache=prefix.cache)
-        answers += _decode(model, sequence, output, growing, options)
+        answers += _decode(model, *_start(model, sequence, options, cache=prefix.cache), growing, options)
     return answers
 
 
@@ -158,8 +157,8 @@ def answer_pack(
     _check([sample[-1:] for sample in samples], options, decode, stream)
     sequence = sequence_builder(model.config).build(samples).to(model.device)
     growing = [_Growing(i, model.config.tokens.eos, options, decode, stream) for i in range(len(samples))]
-    output = _first_logits(model, sequence, views=views, pixel_values=pixel_values, image_grid_thw=image_grid_thw)
-    return _decode(model, sequence, output, growing, options)
+    pixels = {"views": views, "pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+    return _decode(model, *_start(model, sequence, options, **pixels), growing, options)
 
 
 def _check(
@@ -179,24 +178,27 @@ def _check(
         raise InputError("stop strings and streaming need text", "no decode was given", "pass the tokenizer's decode")
 
 
-def _first_logits(model: G2VLMForConditionalGeneration, sequence: PackedSequence, **inputs: object) -> G2VLMOutput:
-    """One forward over a pack, with logits at the end of each sample and a cache to continue."""
+def _start(
+    model: G2VLMForConditionalGeneration, sequence: PackedSequence, options: GenerationOptions, **inputs: object
+) -> tuple[Tensor, Rows]:
+    """One forward over a pack: the logits (B, vocab) that begin each answer, and the rows to decode them in."""
     logits_at = torch.tensor(sequence.last_tokens, device=sequence.semantic_ids.device)
-    return model(sequence=sequence, logits_at=logits_at, predict_geometry=False, use_cache=True, **inputs)
+    output: G2VLMOutput = model(
+        sequence=sequence, logits_at=logits_at, predict_geometry=False, use_cache=True, **inputs
+    )
+    assert output.logits is not None
+    assert output.cache is not None
+    return output.logits, Rows.after(sequence, output.cache, room=options.max_new_tokens - 1)
 
 
 def _decode(
     model: G2VLMForConditionalGeneration,
-    sequence: PackedSequence,
-    output: G2VLMOutput,
+    logits: Tensor,
+    rows: Rows,
     growing: Sequence["_Growing"],
     options: GenerationOptions,
 ) -> list[Answer]:
-    """Token by token, one row per sample of the pack, until every row has ended."""
-    logits, cache = output.logits, output.cache
-    assert logits is not None
-    assert cache is not None
-    rows = Rows.after(sequence, cache, room=options.max_new_tokens - 1)
+    """Token by token, one row per answer, until every row has ended."""
     choose = Sampler(options)
     while True:
         ids = choose(logits)

@@ -241,8 +241,9 @@ class SequenceBuilder:
             raise ValueError(
                 f"{len(samples)} samples continue the samples {list(parents)} of a sequence of {cached.num_samples}"
             )
-        positions, seen = ([values[parent] for parent in parents] for values in (cached.next_positions, cached.seen))
-        return self._packed(_Draft(positions, tuple(seen), cached.num_keys), samples)
+        positions = [cached.next_positions[parent] for parent in parents]
+        seen = tuple(cached.seen[parent] for parent in parents)
+        return self._packed(_Draft(positions, seen, cached.num_keys), samples)
 
     def _packed(self, draft: "_Draft", samples: Iterable[Sample]) -> PackedSequence:
         for sample in samples:

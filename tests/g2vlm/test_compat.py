@@ -1,12 +1,14 @@
 """The contract with transformers' internals that g2vlm/compat.py and the model class rely on."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, GenerationMixin
 
-from g2vlm.compat import build_vision_tower, run_vision_tower
-from g2vlm.config import G2VLMConfig, SemanticEncoderConfig
+from g2vlm.compat import build_vision_tower, complete_generation_config, run_vision_tower
+from g2vlm.config import G2VLMConfig, SemanticEncoderConfig, TokenIds
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 
 CONFIG = SemanticEncoderConfig(hidden_size=32, num_layers=2, num_heads=2)
@@ -63,3 +65,39 @@ def test_bfloat16_loading_keeps_the_output_layers_in_float32(tmp_path) -> None:
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert kept == {name for name in dtypes if "_head." in name and name.startswith("heads.")}
     assert loaded.geometry_projection.weight.dtype == torch.bfloat16
+
+
+# Generation: the hooks that PackedGenerationMixin fills in, and what transformers calls them with.
+
+
+def parameters(name: str) -> list[str]:
+    return [name for name in inspect.signature(getattr(GenerationMixin, name)).parameters if name != "self"]
+
+
+def test_generate_calls_the_hooks_that_are_filled_in() -> None:
+    assert parameters("_prepare_model_inputs") == ["inputs", "bos_token_id", "model_kwargs"]
+    assert parameters("_expand_inputs_for_generation") == [
+        "expand_size", "is_encoder_decoder", "input_ids", "model_kwargs",
+    ]  # fmt: skip
+    assert parameters("_prepare_special_tokens") == [
+        "generation_config", "kwargs_has_attention_mask", "device", "batch_size",
+    ]  # fmt: skip
+    assert parameters("_supports_default_dynamic_cache") == []
+    assert parameters("_sample") == [
+        "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
+        "model_kwargs",
+    ]  # fmt: skip
+
+
+def test_generate_is_transformers_own() -> None:
+    model = G2VLMForConditionalGeneration
+    assert model.generate is GenerationMixin.generate
+    assert model.can_generate()
+    assert issubclass(model, GenerationMixin)
+
+
+def test_special_tokens_complete_a_generation_config() -> None:
+    tokens = TokenIds(bos=5, eos=6)
+    config = GenerationConfig(eos_token_id=[6, 7])
+    complete_generation_config(config, tokens)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, [6, 7], 6)
