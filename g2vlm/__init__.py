@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from g2vlm.config import G2VLMConfig
     from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
     from g2vlm.pipeline import Pipeline, load
+    from g2vlm.processor import G2VLMProcessor
     from g2vlm.scene import Scene
 
 __version__ = "0.1.0"
@@ -26,11 +27,20 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "G2VLMConfig": "g2vlm.config",
     "G2VLMForConditionalGeneration": "g2vlm.model.g2vlm",
+    "G2VLMProcessor": "g2vlm.processor",
     "Pipeline": "g2vlm.pipeline",
     "Scene": "g2vlm.scene",
     "load": "g2vlm.pipeline",
 }
-__all__ = ["G2VLMConfig", "G2VLMForConditionalGeneration", "Pipeline", "Scene", "__version__", "load"]
+__all__ = [
+    "G2VLMConfig",
+    "G2VLMForConditionalGeneration",
+    "G2VLMProcessor",
+    "Pipeline",
+    "Scene",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -46,3 +56,4 @@ def _started_as_command() -> bool:
 
 if not _started_as_command():
     import_module("g2vlm.model.g2vlm")
+    import_module("g2vlm.processor")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
+from g2vlm.companions import write_companions
 from g2vlm.config import PRESETS, G2VLMConfig
 from g2vlm.convert import g2vlm_release
 from g2vlm.convert.qwen2_vl import is_qwen2_vl
@@ -186,7 +187,7 @@ def save_model(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write a model in our layout: `save_pretrained` into a temporary folder, checked, then renamed.
+    """Write a model in our layout, with its tokenizer and processor: into a temporary folder, checked, then renamed.
 
     Args:
         model: the model.
@@ -205,6 +206,7 @@ def save_model(
     with staged_folder(Path(folder), overwrite, sum(spec.num_bytes for spec in specs.values())) as staging:
         state = {name: tensor.to(specs[name].dtype) for name, tensor in model.state_dict().items()}
         model.save_pretrained(staging, state_dict=state, max_shard_size=max_shard_size)
+        write_companions(staging, model.config)
         if target is not None:
             _set_dtype(staging / CONFIG, target)
         compare(specs, inspect(staging)).require_complete(folder)

@@ -261,7 +261,7 @@ class G2VLMConfig(PreTrainedConfig):
                 projection_init="normal",
             ),
             "heads": HeadsConfig(depth=3, num_heads=8, point_dim=512, camera_dim=256, normals="learned"),
-            "tokens": _EMBEDDED_TOKENS,
+            "tokens": EMBEDDED_TOKENS,
         }
         return cls(**(parts | overrides))
 
@@ -290,14 +290,15 @@ class G2VLMConfig(PreTrainedConfig):
                 projection_init="normal",
             ),
             "heads": HeadsConfig(depth=2, num_heads=4, point_dim=128, camera_dim=64, normals="learned"),
-            "tokens": _EMBEDDED_TOKENS,
+            "tokens": EMBEDDED_TOKENS,
         }
         return cls(**(parts | overrides))
 
 
 PRESETS = {"tiny": G2VLMConfig.tiny, "small": G2VLMConfig.small, "paper_2b": G2VLMConfig.paper_2b}
 
-_EMBEDDED_TOKENS = TokenIds(bos=0, eos=1, vision_start=2, vision_end=3, recon_prompt=(4, 5, 6, 7, 8, 9))
+EMBEDDED_TOKENS = TokenIds(bos=0, eos=1, vision_start=2, vision_end=3, recon_prompt=(4, 5, 6, 7, 8, 9))
+"""Ids of the tokenizer in g2vlm/assets/tokenizer, for `tiny` and `small`."""
 _PARTS = ("decoder", "semantic_encoder", "geometry_encoder", "heads", "tokens")
 _CHOICES = {
     "encoders": ("dual", "single"),

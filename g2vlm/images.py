@@ -1,11 +1,10 @@
-"""From image files to the pixels of the two encoders, with numpy and PIL alone.
+"""From image files to RGB and to the pixels of the geometry encoder, with numpy and PIL alone.
 
-H, W are pixels of an image; N images; gh, gw patches of 14 x 14; n = gh * gw. Sizes are always (height, width).
+H, W are pixels of an image; N images. Sizes are always (height, width).
 """
 
 import glob
 import logging
-import math
 import re
 import threading
 import warnings
@@ -13,12 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from g2vlm.config import CLIP_MEAN, CLIP_STD
 from g2vlm.errors import InputError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -36,11 +33,6 @@ UPRIGHT = {
 }  # EXIF orientation -> what undoes it
 PATCH = 14
 MAX_GEOMETRY_HEIGHT = 4 * 518  # 148 patches; taller inputs are a mistake far more often than a wish
-VIT_MERGE, VIT_FRAMES = 2, 2
-VIT_MIN_PIXELS, VIT_MAX_PIXELS = 56 * 56, 28 * 28 * 1280
-VIT_MAX_ASPECT = 200
-
-VitRule = Literal["official_768", "native"]
 
 _quiet_lock = threading.Lock()
 
@@ -210,6 +202,21 @@ def from_memory(image: Image.Image | np.ndarray) -> SourceImage:
     return SourceImage(image)
 
 
+def to_source(image: SourceImage | Image.Image | np.ndarray | str | Path) -> SourceImage:
+    """One image of whatever kind as upright 8-bit RGB.
+
+    Raises:
+        InputError: as `read_image` and `from_memory`, or something that is no image.
+    """
+    if isinstance(image, SourceImage):
+        return image
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image | np.ndarray):
+        return from_memory(image)
+    raise InputError(f"cannot use a {type(image).__name__} as an image", "", "give a path, a PIL image or an array")
+
+
 def _check_file(path: Path) -> int:
     """Size of a regular, non-empty file in bytes. A pipe or device is refused: reading one may never end."""
     try:
@@ -340,7 +347,7 @@ def geometry_pixels(images: Sequence[SourceImage], width: int = 518) -> np.ndarr
         raise InputError("no images given", "the geometry encoder needs at least one view", "name an image or a folder")
     height, width = geometry_size(images[0].size, width)
     _warn_about_stretching(images)
-    resized = [_resize(image.pixels, (height, width), Image.Resampling.LANCZOS) for image in images]
+    resized = [resize(image.pixels, (height, width), Image.Resampling.LANCZOS) for image in images]
     pixels = np.stack(resized).astype(np.float32) / np.float32(255)  # (N, H, W, 3)
     pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     return pixels if width % PATCH == 0 else _reduce_width(pixels, width // PATCH * PATCH)
@@ -353,7 +360,8 @@ def _warn_about_stretching(images: Sequence[SourceImage]) -> None:
         log.warning("%d of %d images are stretched to the aspect ratio of the first", others, len(images))
 
 
-def _resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """(H, W, 3) uint8 stretched to `size` by PIL."""
     return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), resample))
 
 
@@ -366,68 +374,3 @@ def _reduce_width(pixels: np.ndarray, width: int) -> np.ndarray:
         torch.from_numpy(pixels), size, mode="bilinear", align_corners=False, antialias=True
     )
     return resized.numpy()
-
-
-# ---------------------------------------------------------------------------------------------- semantic encoder
-
-
-def smart_size(
-    size: tuple[int, int], min_pixels: int = VIT_MIN_PIXELS, max_pixels: int = VIT_MAX_PIXELS
-) -> tuple[int, int]:
-    """Qwen2-VL's dynamic resolution: (height, width) in multiples of 28 with an area within [min_pixels, max_pixels].
-
-    The aspect ratio is kept as well as the multiples allow.
-
-    Raises:
-        InputError: one side is more than 200 times the other.
-    """
-    height, width = size
-    if max(size) > VIT_MAX_ASPECT * min(size):
-        raise InputError(
-            "an image is too narrow",
-            f"{width} x {height} is beyond the aspect ratio {VIT_MAX_ASPECT}:1 of the semantic encoder",
-            "crop it",
-        )
-    unit = PATCH * VIT_MERGE
-    rows, columns = round(height / unit), round(width / unit)
-    if rows * columns * unit**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / unit)) for side in size)
-    elif rows * columns * unit**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / unit) for side in size)
-    return rows * unit, columns * unit
-
-
-def vit_pixels(
-    image: SourceImage, rule: VitRule, min_pixels: int = VIT_MIN_PIXELS, max_pixels: int = VIT_MAX_PIXELS
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Patches for the semantic encoder: `pixel_values` (n, 1176) float32 and the grid (1, gh, gw).
-
-    `native` resizes once, to `smart_size`. `official_768` first squashes to 768 x 768 as the released code does, which
-    with the default limits always ends at 756 x 756, grid (1, 54, 54). Both are bicubic; CLIP mean and std.
-    A patch holds (channel, time, row, col) with the still image twice in time; patches come merge block by merge block
-    (row-major), the 2 x 2 patches of a block together.
-
-    Raises:
-        InputError: an aspect ratio beyond 200:1 with `native`.
-    """
-    pixels = image.pixels
-    if rule == "official_768":
-        pixels = _resize(pixels, (768, 768), Image.Resampling.BICUBIC)
-    elif rule != "native":
-        raise ValueError(f"rule is {rule!r}; allowed are 'official_768' and 'native'")
-    size = smart_size((pixels.shape[0], pixels.shape[1]), min_pixels, max_pixels)
-    scaled = _resize(pixels, size, Image.Resampling.BICUBIC).astype(np.float64) / 255
-    normalised = (scaled - np.array(CLIP_MEAN)) / np.array(CLIP_STD)  # (H, W, 3)
-    return _patches(normalised.astype(np.float32)), (1, size[0] // PATCH, size[1] // PATCH)
-
-
-def _patches(pixels: np.ndarray) -> np.ndarray:
-    """Cut (H, W, 3) into (n, 3 * 2 * 14 * 14) patches in merge-block order."""
-    height, width, channels = pixels.shape
-    unit = PATCH * VIT_MERGE
-    blocks = pixels.reshape(height // unit, VIT_MERGE, PATCH, width // unit, VIT_MERGE, PATCH, channels)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (block row, block col, row, col, channel, y, x)
-    frames = np.repeat(blocks[..., None, :, :], VIT_FRAMES, axis=-3)  # (..., channel, time, y, x)
-    return frames.reshape(-1, channels * VIT_FRAMES * PATCH * PATCH)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from g2vlm.companions import write_companions
 from g2vlm.errors import CheckpointError, InputError, ResourceError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import write_errors
@@ -262,11 +263,12 @@ def optimizer_state(engine: Engine, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def write_model(folder: Path, weights: Mapping[str, Tensor], model: G2VLMForConditionalGeneration) -> None:
-    """Weights and config in our layout."""
+    """Weights, config, tokenizer and processor in our layout."""
     save_file(dict(weights), folder / MODEL, metadata={"format": "pt"})
     config = model.config.to_diff_dict()
     config["architectures"] = [G2VLMForConditionalGeneration.__name__]
     (folder / "config.json").write_text(_json(config), encoding="utf-8")
+    write_companions(folder, model.config)
 
 
 def random_state() -> dict[str, str]:

@@ -12,6 +12,15 @@ import torch
 
 import g2vlm.convert.g2vlm_release as release
 import g2vlm.convert.verify as verify
+from g2vlm.companions import (
+    PREPROCESSOR,
+    PROCESSOR,
+    TOKENIZER,
+    has_tokenizer,
+    processor_config,
+    qwen2_vl_rule,
+    released_rule,
+)
 from g2vlm.config import G2VLMConfig
 from g2vlm.convert.initial import GeometricInit, open_initial
 from g2vlm.convert.keymap import Translated
@@ -20,16 +29,13 @@ from g2vlm.convert.tokens import SPECIAL_IDS, write_tokens
 from g2vlm.errors import CheckFailed, CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.model.loading import CONFIG, is_own_layout, own_config, possible_config
+from g2vlm.semantic_images import SemanticRule
 from g2vlm.staging import staged_folder
 from g2vlm.weights import TensorSource, WeightFiles, cast, compare, storage_dtype, write_weights
 
 log = logging.getLogger(__name__)
 
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
-    "generation_config.json", SPECIAL_IDS,
-)  # fmt: skip
+COMPANIONS = (*TOKENIZER, PREPROCESSOR, "generation_config.json", SPECIAL_IDS)
 TOKENIZERS = ("tokenizer.json", "vocab.json", SPECIAL_IDS)
 SHARD_BYTES = 5_000_000_000
 
@@ -172,9 +178,10 @@ def _plan(source: Path, geometry_encoder: str | Path | None, geometric_init: Geo
     )
 
 
-def _own_files(config: G2VLMConfig) -> dict[str, dict[str, Any]]:
+def _own_files(config: G2VLMConfig, source: Path, rule: SemanticRule) -> dict[str, dict[str, Any]]:
     config.architectures = [G2VLMForConditionalGeneration.__name__]
-    return {CONFIG: config.to_diff_dict()}
+    processor = {PROCESSOR: processor_config(config, rule)} if has_tokenizer(source) else {}
+    return {CONFIG: config.to_diff_dict(), **processor}
 
 
 def _from_release(source: Path) -> Conversion:
@@ -185,7 +192,7 @@ def _from_release(source: Path) -> Conversion:
         config=config,
         ours=ours,
         written=ours,
-        files=_own_files(config),
+        files=_own_files(config, source, released_rule(source)),
         max_shard_bytes=SHARD_BYTES,
         originals=[("tensors", WeightFiles(source), lambda w: Translated(w, keymap.to_theirs(w.specs)))],
         reopen=_reopen_own,
@@ -221,7 +228,7 @@ def _from_public(source: Path, dinov2: Path, geometric_init: GeometricInit, seed
         config=initial.config,
         ours=initial.source,
         written=initial.source,
-        files=_own_files(initial.config),
+        files=_own_files(initial.config, source, qwen2_vl_rule(source)),
         max_shard_bytes=SHARD_BYTES,
         originals=[
             ("Qwen2-VL tensors", initial.qwen.files, lambda w: Translated(w, keymap.to_theirs(w.specs))),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AutoProcessor,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     Qwen2VLConfig,
@@ -25,6 +26,7 @@ from g2vlm.convert.initial import open_initial
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.processing import sequence_builder
+from g2vlm.semantic_images import SemanticRule
 from g2vlm.sequence import SemanticImage, Text
 from g2vlm.weights import WEIGHTS
 
@@ -209,6 +211,7 @@ def test_initial_checkpoint(tmp_path: Path, dino_folder: Path, newer: bool, tied
     assert config.decoder.rope_theta == 1e4
     assert config.geometry_encoder.windows == "per_image"
     assert (tmp_path / "ours" / "tokenizer.json").is_file()
+    assert AutoProcessor.from_pretrained(tmp_path / "ours").rule == SemanticRule.native()
 
 
 def assert_semantic_half(state: dict[str, Tensor], qwen: Qwen2VLForConditionalGeneration) -> None:

@@ -247,7 +247,6 @@ def test_one_pixel_is_an_image(tmp_path):
     image = read_image(saved(tmp_path, "a.png", Image.new("RGB", (1, 1), (1, 2, 3))))
     assert image.pixels.tolist() == [[[1, 2, 3]]]
     assert geometry_pixels([image]).shape == (1, 3, 518, 518)
-    assert images.vit_pixels(image, "native")[1] == (1, 4, 4)
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "ppm", "tif", "jpg"])
@@ -440,36 +439,3 @@ def test_geometry_pixels_refuse_what_makes_no_sense():
             geometry_pixels(wrong)
     with pytest.raises(InputError, match="width 13"):
         geometry_pixels([source(4, 4)], width=13)
-
-
-# ---------------------------------------------------------------------------------------------- semantic encoder
-
-
-def test_vit_official_ignores_the_aspect_ratio():
-    image = source(30, 500)
-    values, grid = images.vit_pixels(image, "official_768")
-    assert (values.shape, values.dtype, grid) == ((2916, 1176), np.float32, (1, 54, 54))
-    squashed = SourceImage(np.asarray(Image.fromarray(image.pixels).resize((768, 768), Image.Resampling.BICUBIC)))
-    np.testing.assert_array_equal(values, images.vit_pixels(squashed, "native")[0])
-
-
-def test_vit_patch_layout():
-    """Mark one pixel and look for it: (channel, time, row, col) within the patch, merge blocks row-major."""
-    pixels = np.zeros((56, 84, 3), np.uint8)
-    pixels[28 + 14 + 3, 56 + 5, 1] = 255  # block (1, 2), patch (1, 0) of the block, pixel (3, 5), channel 1
-    values, grid = images.vit_pixels(SourceImage(pixels), "native")
-    assert grid == (1, 4, 6)
-    values = values.reshape(2, 3, 2, 2, 3, 2, 14, 14)  # (block row, block col, row, col, channel, time, y, x)
-    found = np.argwhere(values > values[0, 0, 0, 0, :, 0, 0, 0].max()).tolist()
-    assert found == [[1, 2, 1, 0, 1, time, 3, 5] for time in (0, 1)]
-
-
-def test_vit_refuses_a_strip():
-    with pytest.raises(InputError, match="200:1"):
-        images.vit_pixels(source(2, 401), "native")
-    assert images.vit_pixels(source(2, 401), "official_768")[1] == (1, 54, 54)
-
-
-def test_vit_rule_must_be_known():
-    with pytest.raises(ValueError, match="'official_768' and 'native'"):
-        images.vit_pixels(source(20, 20), "largest")  # pyright: ignore[reportArgumentType]

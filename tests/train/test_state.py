@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 import g2vlm
+from g2vlm.checkpoint import random_model
+from g2vlm.config import G2VLMConfig
 from g2vlm.errors import CheckpointError, InputError, ResourceError, Stopped, TrainingAborted
 from tests.train import worker
 from tests.train.worker import mini_run, run
@@ -53,6 +55,12 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     for folder in (finished / "model", finished / "checkpoints/step-00000006"):
         prediction = g2vlm.load(folder, device="cpu").predict(torch.rand(2, 3, 28, 28))
         assert prediction.local_points.isfinite().all()
+
+
+def test_a_preset_is_written_with_its_tokenizer(tmp_path: Path) -> None:
+    model = random_model(G2VLMConfig.tiny())
+    state.write_model(tmp_path, model.state_dict(), model)
+    assert g2vlm.G2VLMProcessor.from_pretrained(tmp_path)(text="How many chairs?")["sequence"].num_tokens > 10
 
 
 @pytest.mark.parametrize("steps", [2, 4])

@@ -1,0 +1,128 @@
+"""From RGB images to what the semantic encoder takes, by the two rules of image size, with numpy and PIL alone.
+
+H, W are pixels of an image; N images; gh, gw patches of 14 x 14; n those of all images. Sizes are (height, width).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from g2vlm.config import CLIP_MEAN, CLIP_STD
+from g2vlm.errors import InputError
+from g2vlm.images import PATCH, resize
+
+MERGE, FRAMES = 2, 2
+UNIT = PATCH * MERGE
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280
+MAX_ASPECT = 200
+PATCH_VALUES = 3 * FRAMES * PATCH * PATCH
+
+
+@dataclass(frozen=True)
+class SemanticRule:
+    """The size that images are given for the semantic encoder: sides in multiples of 28, an area within limits.
+
+    Args:
+        squash: side of the square that images are first stretched to, whatever their aspect ratio; None keeps it.
+        min_pixels, max_pixels: limits of the area (Qwen2-VL's dynamic resolution).
+
+    Raises:
+        InputError: a side or limits that no image can be brought to.
+    """
+
+    squash: int | None = None
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self):
+        sides = () if self.squash is None else (self.squash,)
+        if not all(type(value) is int and value > 0 for value in (*sides, self.min_pixels, self.max_pixels)):
+            raise InputError("unusable rule for semantic images", str(self), "give whole positive numbers of pixels")
+        if not max(self.min_pixels, UNIT**2) <= self.max_pixels:
+            raise InputError(
+                "unusable rule for semantic images",
+                f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels} or the {UNIT**2} of one token",
+                "raise max_pixels",
+            )
+
+    @classmethod
+    def official(cls, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> "SemanticRule":
+        """As the released code: squashed to 768 x 768; with the default limits always 756 x 756, 729 tokens."""
+        return cls(768, min_pixels, max_pixels)
+
+    @classmethod
+    def native(cls, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> "SemanticRule":
+        """As Qwen2-VL: the image's own size within the limits, its aspect ratio kept as well as multiples allow."""
+        return cls(None, min_pixels, max_pixels)
+
+
+def smart_size(size: tuple[int, int], min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Qwen2-VL's dynamic resolution: (height, width) in multiples of 28 with an area within [min_pixels, max_pixels].
+
+    The aspect ratio is kept as well as the multiples allow.
+
+    Raises:
+        InputError: one side is more than 200 times the other.
+    """
+    height, width = size
+    if max(size) > MAX_ASPECT * min(size):
+        raise InputError(
+            "an image is too narrow",
+            f"{width} x {height} is beyond the aspect ratio {MAX_ASPECT}:1 of the semantic encoder",
+            "crop it",
+        )
+    rows, columns = round(height / UNIT), round(width / UNIT)
+    if rows * columns * UNIT**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / UNIT)) for side in size)
+    elif rows * columns * UNIT**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / UNIT) for side in size)
+    return rows * UNIT, columns * UNIT
+
+
+def semantic_grid(size: tuple[int, int], rule: SemanticRule) -> tuple[int, int]:
+    """Rows and columns of patches that an image of `size` (height, width) gets; 2 x 2 patches become one token.
+
+    Raises:
+        InputError: one side is more than 200 times the other, and the rule does not squash.
+    """
+    squashed = size if rule.squash is None else (rule.squash, rule.squash)
+    height, width = smart_size(squashed, rule.min_pixels, rule.max_pixels)
+    return height // PATCH, width // PATCH
+
+
+def semantic_pixels(images: Sequence[np.ndarray], rule: SemanticRule) -> tuple[np.ndarray, np.ndarray]:
+    """The patches of images (H, W, 3), uint8 RGB: `pixel_values` (n, 1176) float32, `image_grid_thw` (N, 3) int64.
+
+    Resizing is PIL's bicubic, squash and final size one after the other as in the released code; CLIP mean and std. A
+    patch holds (channel, time, row, col) with the still image twice in time; patches come image after image, merge
+    block by merge block (row-major), the 2 x 2 patches of a block together.
+
+    Raises:
+        InputError: as in `semantic_grid`.
+    """
+    grids = [semantic_grid((image.shape[0], image.shape[1]), rule) for image in images]
+    patches = [_patches(_scaled(image, grid, rule)) for image, grid in zip(images, grids, strict=True)]
+    grid_thw = np.array([(1, *grid) for grid in grids], dtype=np.int64).reshape(-1, 3)
+    return np.concatenate([np.zeros((0, PATCH_VALUES), np.float32), *patches]), grid_thw
+
+
+def _scaled(pixels: np.ndarray, grid: tuple[int, int], rule: SemanticRule) -> np.ndarray:
+    """(H, W, 3) uint8 -> (14 gh, 14 gw, 3) float32, normalised."""
+    if rule.squash is not None:
+        pixels = resize(pixels, (rule.squash, rule.squash), Image.Resampling.BICUBIC)
+    resized = resize(pixels, (grid[0] * PATCH, grid[1] * PATCH), Image.Resampling.BICUBIC)
+    return ((resized.astype(np.float64) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)).astype(np.float32)
+
+
+def _patches(pixels: np.ndarray) -> np.ndarray:
+    """Cut (H, W, 3) into (gh * gw, 3 * 2 * 14 * 14) patches in merge-block order."""
+    height, width, channels = pixels.shape
+    blocks = pixels.reshape(height // UNIT, MERGE, PATCH, width // UNIT, MERGE, PATCH, channels)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (block row, block col, row, col, channel, y, x)
+    frames = np.repeat(blocks[..., None, :, :], FRAMES, axis=-3)  # (..., channel, time, y, x)
+    return frames.reshape(-1, PATCH_VALUES)
