@@ -89,7 +89,7 @@ class ChatModel:
         if costs := image_costs(segments):
             room = self.max_context - (total - sum(costs))
             fitting = sum(used <= room for used in accumulate(costs))
-            fix = f"{fitting} fit: use fewer images, or a smaller width" if fitting else "use a smaller width"
+            fix = f"at most {fitting} fit; wide views take more room than narrow ones"
             raise InputError(f"{len(costs)} images do not fit into the context", why, fix)
         if num_cached:
             raise InputError("the conversation does not fit into the context", why, "begin a new one")
