@@ -29,7 +29,7 @@ def write_companions(folder: Path, config: G2VLMConfig) -> None:
     Raises:
         CheckpointError: the preprocessor's file of a folder in the released layout is damaged.
     """
-    origin = Path(config.name_or_path)
+    origin = Path(config.name_or_path or "")
     if config.name_or_path and has_tokenizer(origin):
         rule = released_rule(origin)
     elif config.tokens == EMBEDDED_TOKENS and config.vocab_size >= len(ChatTokenizer.embedded().tokenizer):

@@ -80,7 +80,7 @@ class G2VLMProcessor(ProcessorMixin):
         self,
         tokenizer: PreTrainedTokenizerFast,
         chat_template: str | None = None,
-        semantic_rule: Mapping[str, int | None] | None = None,
+        semantic_rule: Mapping[str, Any] | None = None,
         view_width: int = 518,
         views_prompt: str = RECON_PROMPT,
         geometry_attention: str = "global",
