@@ -26,7 +26,7 @@ from tests.g2vlm.talkative import talkative_model
 from tests.parity import golden
 
 SHORT = GenerationOptions(max_new_tokens=4)
-SHORTER = GenerationOptions(max_new_tokens=2)
+SHORTER = GenerationOptions(max_new_tokens=3)
 WHERE = "Where is the chair?"
 
 
@@ -72,7 +72,7 @@ def test_fifty_questions_need_no_company(model: G2VLMForConditionalGeneration, p
     """Alone in a fresh pipeline, in batches of any size, in any order: the same tokens."""
     images = pictures()
     alone = [Pipeline(copy.deepcopy(model), "fresh").ask(images, q, options=SHORTER).ids for q in QUESTIONS]
-    assert len(set(alone)) > 20
+    assert len(set(alone)) > 15
     for batch_size in (1, 3, 7):
         together = pipeline.ask_many([(images, q) for q in QUESTIONS], batch_size, options=SHORTER)
         assert [answer.ids for answer in together] == alone
