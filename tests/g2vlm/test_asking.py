@@ -12,7 +12,7 @@ from PIL import Image
 
 from g2vlm import generation
 from g2vlm.asking import look
-from g2vlm.chat_model import ChatModel, image_costs, never_answered, processor_of
+from g2vlm.chat_model import ChatModel, image_costs, never_answered, num_tokens, processor_of
 from g2vlm.checkpoint import load_model, save_model
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.images import from_memory
@@ -269,6 +269,18 @@ def test_too_many_images(geometry, model: G2VLMForConditionalGeneration) -> None
     with pytest.raises(InputError, match=f"(?s){fitting} images do not fit.*with 300 for the answer") as refused:
         context.ask(WHERE, GenerationOptions(max_new_tokens=300))
     assert int(refused.value.fix.split()[2]) < fitting
+
+
+@pytest.mark.parametrize("geometry", ["on", "off"])
+def test_the_last_token_of_the_context(geometry, model: G2VLMForConditionalGeneration) -> None:
+    """Three images and an answer of one token fill a context exactly; one token less is too little."""
+    context = Pipeline(model, "roomy").context(pictures(count=3), geometry)
+    assert context.images is not None
+    exactly = sum(map(num_tokens, (*context.opening, *context.images.segments))) + 1
+    Pipeline(model, "full", max_context=exactly).context(pictures(count=3), geometry)
+    for count, room in ((4, exactly), (3, exactly - 1)):
+        with pytest.raises(InputError, match=f"at most {3 if room == exactly else 2} fit"):
+            Pipeline(model, "too small", max_context=room).context(pictures(count=count), geometry)
 
 
 def test_too_long_texts(model: G2VLMForConditionalGeneration) -> None:
