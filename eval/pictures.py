@@ -13,7 +13,8 @@ from eval.sources import Item, file_name
 from eval.truth import Truth
 from g2vlm.data.types import SceneSample
 from g2vlm.images import from_memory
-from g2vlm.pipeline import Pipeline, usable_intrinsics
+from g2vlm.pipeline import Pipeline
+from g2vlm.predictions import usable_intrinsics
 from g2vlm.preview import preview
 from g2vlm.scene import Scene
 from geometry import GeometryPrediction, normals_from_points

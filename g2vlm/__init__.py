@@ -2,8 +2,10 @@
 
     import g2vlm
 
-    scene = g2vlm.load("models/g2vlm").reconstruct("photos/")  # load() takes the demo weights
+    model = g2vlm.load("models/g2vlm")  # load() takes the demo weights
+    scene = model.reconstruct("photos/")
     scene.export("out/room")
+    model.ask(scene, "How many chairs are in this room?").text
 
 Importing the package registers its classes with transformers' Auto classes. Only the command line, which must answer
 `--help` at once, leaves that to the command that needs it.
@@ -16,26 +18,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from g2vlm.asking import Answer
     from g2vlm.config import G2VLMConfig
     from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
     from g2vlm.pipeline import Pipeline, load
     from g2vlm.processor import G2VLMProcessor
+    from g2vlm.sampling import GenerationOptions
     from g2vlm.scene import Scene
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Answer": "g2vlm.asking",
     "G2VLMConfig": "g2vlm.config",
     "G2VLMForConditionalGeneration": "g2vlm.model.g2vlm",
     "G2VLMProcessor": "g2vlm.processor",
+    "GenerationOptions": "g2vlm.sampling",
     "Pipeline": "g2vlm.pipeline",
     "Scene": "g2vlm.scene",
     "load": "g2vlm.pipeline",
 }
 __all__ = [
+    "Answer",
     "G2VLMConfig",
     "G2VLMForConditionalGeneration",
     "G2VLMProcessor",
+    "GenerationOptions",
     "Pipeline",
     "Scene",
     "__version__",

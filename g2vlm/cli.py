@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from g2vlm.errors import G2VLMError
 
+MODULES = {"ask": "g2vlm.chat_commands", "chat": "g2vlm.chat_commands"}
+"""Where commands are that are not in g2vlm.commands."""
 FORMATS = ("scene", "ply", "glb", "depth", "cameras", "preview")
 
 
@@ -24,6 +26,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="g2vlm", description="Geometry-grounded vision-language models.")
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("recon", _recon_parser(), help="photos of one scene -> points, depth, normals, cameras")
+    commands.add_subcommand("ask", _ask_parser(), help="questions about photos -> answers")
+    commands.add_subcommand("chat", _chat_parser(), help="a conversation about photos")
     commands.add_subcommand("convert", _convert_parser(), help="checkpoints between the released layout and ours")
     commands.add_subcommand("info", _info_parser(), help="what a model or a reconstruction holds")
     data = ArgumentParser(description="Check data sets and look at them.")
@@ -52,6 +56,39 @@ def _recon_parser() -> ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check the input, say what would be done, stop")
     _add_device(parser)
     return parser
+
+
+def _ask_parser() -> ArgumentParser:
+    parser = _parser("Answer questions about photographs.", 'g2vlm ask photos/ -q "How many chairs are in this room?"')
+    parser.add_argument("images", nargs="+", help="folders, files or glob patterns; folders in natural order")
+    parser.add_argument("-q", "--question", action="append", type=str, help="may be given several times")
+    parser.add_argument("--stdin", action="store_true", help="read one question per line, as text or JSON")
+    parser.add_argument("--json", action="store_true", help="one JSON object per answer")
+    parser.add_argument("--save-geometry", type=Path, help="folder for the points and cameras of the same pass")
+    parser.add_argument("--overwrite", action="store_true", help="save geometry into a folder that is not empty")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions that are answered together")
+    _add_answering(parser)
+    return parser
+
+
+def _chat_parser() -> ArgumentParser:
+    parser = _parser("Talk about photographs; /help lists what else can be typed.", "g2vlm chat photos/")
+    parser.add_argument("images", nargs="*", default=[], help="folders, files or glob patterns")
+    _add_answering(parser)
+    return parser
+
+
+def _add_answering(parser: ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")
+    parser.add_argument("--geometry", choices=["on", "off"], default="on", help="off: the semantic expert alone")
+    parser.add_argument("--width", type=int, help="width in pixels that views are brought to; default: the model's")
+    parser.add_argument("--max-views", type=int, help="use at most this many images, evenly chosen")
+    parser.add_argument("--skip-bad", action="store_true", help="continue without unreadable images")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="an answer ends after this many tokens")
+    parser.add_argument("--max-context", type=int, default=32_768, help="images, questions and answers, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer; above: random ones")
+    parser.add_argument("--seed", type=int, default=0, help="of random answers")
+    _add_device(parser)
 
 
 def _add_device(parser: ArgumentParser) -> None:
@@ -123,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_stderr()
     args = build_parser().parse_args(arguments)
     name, options = _chosen(args)
-    return guarded(lambda: to_stdout(lambda: getattr(import_module("g2vlm.commands"), name)(options)), options.debug)
+    module = MODULES.get(name, "g2vlm.commands")
+    return guarded(lambda: to_stdout(lambda: getattr(import_module(module), name)(options)), options.debug)
 
 
 def log_to_stderr() -> None:

@@ -53,7 +53,7 @@ def recon(args: Namespace) -> None:
     if args.dry_run:
         print(_plan(sources, args))
         return
-    pipeline = load(args.model, args.device, _dtype(args.dtype))
+    pipeline = load(args.model, args.device, dtype_of(args.dtype))
     height, width = _view_size(sources, pipeline.model.config, args.width)
     log.info("reconstructing %d views at %dx%d on %s", len(sources), width, height, pipeline.model.device)
     scene = pipeline.reconstruct_sources(sources, width)
@@ -83,7 +83,8 @@ def _plan(sources: list[SourceImage], args: Namespace) -> str:
     )
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The type of a name on the command line."""
     return None if name is None else getattr(torch, name)
 
 
@@ -93,7 +94,7 @@ def convert(args: Namespace) -> None:
         args.source,
         args.destination,
         check=args.check,
-        dtype=_dtype(args.dtype),
+        dtype=dtype_of(args.dtype),
         overwrite=args.overwrite,
         geometry_encoder=args.geometry_encoder,
         dinov2=args.dinov2,

@@ -202,7 +202,7 @@ def read_images(paths: Iterable[str | Path], skip_bad: bool = False) -> tuple[li
 
 
 def from_memory(image: Image.Image | np.ndarray) -> SourceImage:
-    """A PIL image or an (H, W, 3) array, uint8 or floating point in [0, 1], as upright 8-bit RGB.
+    """A PIL image or an (H, W, 3) array, uint8 or floating point in [0, 1], as upright 8-bit RGB of its own.
 
     Raises:
         InputError: another shape or type, values outside [0, 1] or not finite, or a PIL mode of unknown range.
@@ -215,7 +215,7 @@ def from_memory(image: Image.Image | np.ndarray) -> SourceImage:
                 "cannot use image  given as an array", "floating-point values must lie in [0, 1]", "scale it"
             )
         image = np.round(image * 255).astype(np.uint8)
-    return SourceImage(image)
+    return SourceImage(image.copy())
 
 
 def to_source(image: SourceImage | Image.Image | np.ndarray | str | Path) -> SourceImage:

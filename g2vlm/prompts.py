@@ -114,3 +114,8 @@ def chat_segments(tokenizer: ChatTokenizer, parts: Sequence[Part], answer: str |
     ]
     segments = [Text(tokenizer.encode(part)) if isinstance(part, str) else part for part in turn if part != ""]
     return [*segments, Text(tokenizer.encode(f"\n{answer or ''}"), supervised=answer is not None)]
+
+
+def next_turn(tokenizer: ChatTokenizer, answer: Sequence[int]) -> list[Segment]:
+    """What follows the newline after "assistant" up to the user's next words: an answer, its end, the user's header."""
+    return [Text((*answer, *tokenizer.encode("<|im_end|>\n<|im_start|>user\n")))]

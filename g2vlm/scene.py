@@ -6,7 +6,7 @@ S views, H, W pixels at model size. Axes are OpenCV's (x right, y down, z forwar
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
@@ -43,6 +43,7 @@ class Scene:
         units: `relative` (known up to one scale per scene) or `metre`.
         model: name or description of the model, for people.
         confidence: (S, H, W) float32, larger is surer, or None when the model gives none.
+        sources: the S images as read, for questions about the scene; None for a scene that was loaded.
 
     Raises:
         InputError: shapes, types or counts that do not fit together.
@@ -60,6 +61,7 @@ class Scene:
     units: Units
     model: str
     confidence: np.ndarray | None = None
+    sources: tuple[SourceImage, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         self._check_shapes()
@@ -112,6 +114,7 @@ class Scene:
             units=units,
             model=model,
             confidence=None if confidence is None else np.asarray(confidence, dtype=np.float32),
+            sources=tuple(sources),
         )
 
     @property
@@ -182,7 +185,7 @@ class Scene:
                 raise ValueError(f"version {record['version']}, expected {VERSION}")
             views = record["views"]
             return cls(
-                **{name: arrays[name] for name in ARRAYS},
+                **{name: arrays[name] for name in ARRAYS},  # pyright: ignore[reportArgumentType]
                 original_sizes=tuple((int(view["height"]), int(view["width"])) for view in views),
                 image_paths=tuple(Path(view["image"]) if view["image"] else None for view in views),
                 units=record["units"],

@@ -12,6 +12,7 @@ ends_with() { # CODE COMMAND...
     run "${@:2}" || code=$?
     [ "$code" -eq "$1" ] || { echo "smoke: exit code $code instead of $1: ${*:2}" >&2; exit 1; }
 }
+export PYTHONPATH=$PWD
 g2vlm() { run "$PY" -m g2vlm "$@"; }
 
 "$PY" - "$OUT/photos" <<'PYTHON'
@@ -38,6 +39,25 @@ g2vlm convert tests/golden/g2vlm_tiny "$OUT/ours" --check
 g2vlm convert "$OUT/ours" "$OUT/released" --check
 g2vlm recon "$OUT/photos" --model "$OUT/ours" -o "$OUT/room" --width 112
 g2vlm info "$OUT/room"
+printf 'How many chairs are in this room?\nIs there a lamp?\n' > "$OUT/questions.txt"
+sed -n '/^## Ask/,/^## /s/^g2vlm /&/p' README.md > "$OUT/examples"
+while read -r example; do
+    (cd "$OUT" && eval "${example%%#*} --model tiny --max-new-tokens 8" > /dev/null < questions.txt)
+done < "$OUT/examples"
+test -s "$OUT/out/lamp/points.ply"
+run "$PY" - README.md docs/ask.md "$OUT" <<'PYTHON'
+# the Python examples, one after the other, with random weights
+import os
+import re
+import sys
+from pathlib import Path
+
+texts = [Path(name).read_text(encoding="utf-8").replace("G2VLM-2B-MoT", "tiny") for name in sys.argv[1:-1]]
+os.chdir(sys.argv[-1])
+names: dict = {}
+for example in re.findall(r"```python\n(.*?)```", "".join(texts), re.DOTALL):
+    exec(example, names)
+PYTHON
 g2vlm data check "$OUT/photos"
 g2vlm data preview "$OUT/photos" -o "$OUT/sheet.png"
 run "$PY" eval/recon.py --model "$OUT/ours" --limit 2 --pictures 1 -o "$OUT/scores"

@@ -14,6 +14,7 @@ HEADS = [(12, 2), (4, 4), (4, 2)]
 PLANS: dict[str, AttnPlan] = {
     **{f"{pack}-{mode}": BUILDERS[mode].build(PACKS[pack]).plan for pack in PACKS for mode in BUILDERS},
     **{f"splits{seed}": random_layout(seed).plan() for seed in range(8)},
+    "decode": BUILDERS["global-full"].extend(BUILDERS["global-full"].build([CHAT]), [[Text((1,))]]).plan,
     "continued": BUILDERS["global-full"].extend(BUILDERS["global-full"].build([CHAT]), [OTHER]).plan,
     "continued_pack": BUILDERS["frame-full"].extend(BUILDERS["frame-full"].build([RECON, OTHER]), [CHAT, []]).plan,
     "questions": BUILDERS["global-full"].extend(BUILDERS["global-full"].build([CHAT]), [TEXT] * 2, [0, 0]).plan,
