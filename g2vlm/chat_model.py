@@ -14,7 +14,7 @@ from g2vlm.model.decoder import MoTLayer
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processor import G2VLMProcessor
 from g2vlm.prompts import SPECIAL_TOKENS, ChatTokenizer
-from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text
+from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text, segment_length
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ChatModel:
         Raises:
             InputError: too many images (with the number that fits), a conversation or a question that is too long.
         """
-        total = num_cached + sum(map(num_tokens, segments)) + num_answer
+        total = num_cached + sum(map(segment_length, segments)) + num_answer
         if total <= self.max_context:
             return
         why = f"{total:,} tokens with {num_answer:,} for the answer; the context has {self.max_context:,}"
@@ -96,20 +96,11 @@ class ChatModel:
         raise InputError("the question does not fit into the context", why, "shorten it, or the answer")
 
 
-def num_tokens(segment: Segment) -> int:
-    """Tokens of one segment, markers included."""
-    if isinstance(segment, Text):
-        return len(segment.ids)
-    if isinstance(segment, SemanticImage):
-        return segment.grid[0] * segment.grid[1] // segment.merge**2 + 2
-    return sum(rows * columns + 2 for rows, columns in segment.grids)
-
-
 def image_costs(segments: Sequence[Segment]) -> list[int]:
     """Tokens of each image, as a semantic image and as a view."""
-    images = [num_tokens(segment) for segment in segments if isinstance(segment, SemanticImage)]
+    images = [segment_length(segment) for segment in segments if isinstance(segment, SemanticImage)]
     grids = [grid for segment in segments if isinstance(segment, GeometryViews) for grid in segment.grids]
-    views = [num_tokens(GeometryViews((grid,))) for grid in grids]
+    views = [segment_length(GeometryViews((grid,))) for grid in grids]
     return [image + view for image, view in zip_longest(images, views, fillvalue=0)]
 
 

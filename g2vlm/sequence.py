@@ -113,6 +113,16 @@ Segment = Text | GeometryViews | SemanticImage | SemanticVideo
 Sample = Sequence[Segment]
 
 
+def segment_length(segment: Segment) -> int:
+    """Tokens of a segment, markers and the end of an answer included."""
+    if isinstance(segment, Text):
+        return len(segment.ids) + segment.supervised
+    if isinstance(segment, GeometryViews):
+        return sum(math.prod(grid) + 2 for grid in segment.grids)
+    steps = len(segment.times) if isinstance(segment, SemanticVideo) else 1
+    return steps * math.prod(segment.grid) // segment.merge**2 + 2
+
+
 @dataclass(frozen=True)
 class SpecialIds:
     """Ids of the special tokens, looked up in the tokenizer. Both encoders use the same vision markers."""

@@ -4,7 +4,6 @@ One question is laid out as `chat_segments` does; a scene stands in front of the
 follows the end-of-turn token of the answer before it, as in Qwen's chat template.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from g2vlm.data.chat.types import ChatShape, ImageAt, Size, Turn
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.prompts import RECON_PROMPT, SPECIAL_TOKENS, ChatTokenizer, Part, chat_segments
 from g2vlm.semantic_images import SemanticRule, semantic_grid
-from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text
+from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text, segment_length
 
 USER = "\n<|im_start|>user\n"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant"
@@ -79,15 +78,6 @@ class ChatLayout:
     def num_tokens(self, shape: ChatShape) -> int:
         """Length of the sample's sequence at most; errors as in `segments`."""
         return sum(segment_length(segment) for segment in self.segments(shape)) + shape.spare
-
-
-def segment_length(segment: Segment) -> int:
-    """Tokens of a segment, markers and the end of an answer included."""
-    if isinstance(segment, Text):
-        return len(segment.ids) + segment.supervised
-    if isinstance(segment, SemanticImage):
-        return math.prod(segment.grid) // segment.merge**2 + 2
-    return sum(math.prod(grid) + 2 for grid in segment.grids)
 
 
 def _shown(turn: Turn, images: Sequence[SemanticImage]) -> list[Part]:

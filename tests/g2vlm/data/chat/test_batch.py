@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from g2vlm.data.chat.batch import Filling, chat_inputs, collate_chats
-from g2vlm.data.chat.layout import segment_length
+from g2vlm.sequence import segment_length
 from g2vlm.data.chat.types import ChatSample, ImageAt, Turn
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
