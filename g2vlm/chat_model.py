@@ -14,7 +14,7 @@ from g2vlm.model.decoder import MoTLayer
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processor import G2VLMProcessor
 from g2vlm.prompts import SPECIAL_TOKENS, ChatTokenizer
-from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text, segment_length
+from g2vlm.sequence import GeometryViews, Segment, SemanticImage, segment_length
 
 log = logging.getLogger(__name__)
 

@@ -3,13 +3,12 @@ import pytest
 import torch
 
 from g2vlm.data.chat.batch import Filling, chat_inputs, collate_chats
-from g2vlm.sequence import segment_length
 from g2vlm.data.chat.types import ChatSample, ImageAt, Turn
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processing import sequence_builder
 from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, chat_segments
-from g2vlm.sequence import IGNORED, GeometryViews, SemanticImage
+from g2vlm.sequence import IGNORED, GeometryViews, SemanticImage, segment_length
 from tests.train.chats import COLOURS, Colours, chat_config, layout
 
 TOKENIZER = ChatTokenizer.embedded()
