@@ -4,7 +4,7 @@ It is saved as processor_config.json beside the tokenizer's files, and registere
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +90,7 @@ class G2VLMProcessor(ProcessorMixin):
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.rule = SemanticRule.official() if semantic_rule is None else SemanticRule(**semantic_rule)
-        self.semantic_rule = asdict(self.rule)
+        self.semantic_rule = self.rule.plain()
         self.view_width = view_width
         self.views_prompt = views_prompt
         self.geometry_attention = geometry_attention
@@ -285,7 +285,7 @@ def processor_fields(config: G2VLMConfig, rule: SemanticRule) -> dict[str, Any]:
     """Arguments of a model's processor, without its tokenizer."""
     mixed = config.geometry_attention == "mixed"
     return {
-        "semantic_rule": asdict(rule),
+        "semantic_rule": rule.plain(),
         "view_width": config.view_width,
         "views_prompt": RECON_PROMPT,
         "geometry_attention": "global" if mixed else config.geometry_attention,

@@ -6,7 +6,8 @@ width).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -60,6 +61,10 @@ class SemanticRule:
     def unit(self) -> int:
         """Side of a merged token in pixels."""
         return self.patch_size * MERGE
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {**asdict(self), "mean": [*self.mean], "std": [*self.std]}
 
     def for_tower(self, tower: VisionTowerConfig) -> "SemanticRule":
         """The same sizes with the patches and the normalisation of a vision tower."""

@@ -222,7 +222,7 @@ class RuntimeConfig:
     changes: tuple[str, ...] = ()
     engine: Literal["auto", "ddp", "fsdp2"] = "auto"
     device: Literal["cpu", "cuda"] | None = None
-    workers: int = 0
+    workers: int = 1
     gradient_checkpointing: bool = False
     log_every: int = 10
     checkpoint_every: int = 500

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -164,7 +164,7 @@ class ChatFeed:
         """The processor as the model was trained: image sizes and the sentence before the views."""
         stream = self.dataset.stream
         trained = {
-            "semantic_rule": asdict(stream.layout.rule),
+            "semantic_rule": stream.layout.rule.plain(),
             "views_prompt": stream.layout.views_prompt,
             "view_width": stream.view_size[1],
         }

@@ -12,7 +12,7 @@ from PIL import Image
 
 from g2vlm import generation
 from g2vlm.asking import look
-from g2vlm.chat_model import ChatModel, image_costs, never_answered, num_tokens, processor_of
+from g2vlm.chat_model import ChatModel, image_costs, never_answered, processor_of
 from g2vlm.checkpoint import load_model, save_model
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.images import from_memory
@@ -21,7 +21,7 @@ from g2vlm.pipeline import Pipeline
 from g2vlm.prompts import chat_segments, next_turn
 from g2vlm.sampling import GenerationOptions
 from g2vlm.scene import Scene
-from g2vlm.sequence import GeometryViews, SemanticImage, Text
+from g2vlm.sequence import GeometryViews, SemanticImage, Text, segment_length
 from tests.g2vlm.talkative import talkative_model
 from tests.parity import golden
 
@@ -276,7 +276,7 @@ def test_the_last_token_of_the_context(geometry, model: G2VLMForConditionalGener
     """Three images and an answer of one token fill a context exactly; one token less is too little."""
     context = Pipeline(model, "roomy").context(pictures(count=3), geometry)
     assert context.images is not None
-    exactly = sum(map(num_tokens, (*context.opening, *context.images.segments))) + 1
+    exactly = sum(map(segment_length, (*context.opening, *context.images.segments))) + 1
     Pipeline(model, "full", max_context=exactly).context(pictures(count=3), geometry)
     for count, room in ((4, exactly), (3, exactly - 1)):
         with pytest.raises(InputError, match=f"at most {3 if room == exactly else 2} fit"):

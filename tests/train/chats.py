@@ -117,7 +117,14 @@ def chat_run(
     """A few steps of the smallest model on questions, a checkpoint every second step."""
     parts = ("decoder", "geometry_encoder", "semantic_encoder", "heads")
     chat = ChatConfig((ChatSourceConfig("colours"),), (), tokens_per_pack=130, view_size=VIEW_SIZE, images=RULE)
-    defaults = {"steps": steps, "checkpoint_every": 2, "validate_every": 2, "validation_steps": 2, "keep": 9}
+    defaults = {
+        "steps": steps,
+        "workers": 0,
+        "checkpoint_every": 2,
+        "validate_every": 2,
+        "validation_steps": 2,
+        "keep": 9,
+    }
     return RunConfig(
         model={"preset": "tiny", **{part: asdict(getattr(chat_config(), part)) for part in parts}},
         trainable=dict(trainable),

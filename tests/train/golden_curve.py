@@ -30,7 +30,7 @@ build held to AVX2 or to no vector instructions against AVX-512: losses and term
 steps, gradient norms by up to 7e-4, terms of a few pixels by more, of which NOISE takes care."""
 CONFIG = (
     *("--runtime.steps", str(STEPS), "--runtime.device", "cpu", "--runtime.log_every", "0"),
-    *("--runtime.checkpoint_every", "0", "--data.validation", "null"),
+    *("--runtime.checkpoint_every", "0", "--runtime.workers", "0", "--data.validation", "null"),
     *("--data.width", "42", "--data.images_per_step", "4", "--data.views", "[2, 3]", "--schedule.warmup", "4"),
 )
 

@@ -36,6 +36,7 @@ def mini_run(steps: int = 6, **runtime) -> RunConfig:
         runtime=RuntimeConfig(
             **{
                 "steps": steps,
+                "workers": 0,
                 "log_every": 1,
                 "checkpoint_every": 2,
                 "validate_every": VALIDATE_EVERY,
