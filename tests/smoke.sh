@@ -2,7 +2,7 @@
 # The commands of the README on tiny inputs, in a temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PY=${PY:-python3}
+PY=$("${PY:-python3}" -c 'import sys; print(sys.executable)') # absolute: some commands run elsewhere
 OUT=$(mktemp -d)
 trap 'rm -rf "$OUT"' EXIT
 
