@@ -31,7 +31,7 @@ def build_source(name: str, root: Path | None = None, **options: Any) -> SceneSo
         InputError: unknown name or option (the nearest known one is suggested), or a root missing or not wanted.
     """
     if name not in SOURCES:
-        raise _unknown("data source", name, list(SOURCES))
+        raise unknown("data source", name, list(SOURCES))
     if (root is None) != (name in NEEDS_NO_ROOT):
         why = "it is rendered and has no folder" if root is not None else "no folder was given"
         raise InputError(f"cannot open data source  {name}", why, "check root")
@@ -40,7 +40,7 @@ def build_source(name: str, root: Path | None = None, **options: Any) -> SceneSo
     known = option_names(source_class)
     for option in options:
         if option not in known:
-            raise _unknown(f"option of {name}", option, known)
+            raise unknown(f"option of {name}", option, known)
     return source_class(**options) if root is None else source_class(Path(root), **options)
 
 
@@ -71,7 +71,8 @@ def detect_source(root: Path) -> str:
     return "canonical" if has_scenes(root) else "images"
 
 
-def _unknown(what: str, given: str, known: list[str]) -> InputError:
+def unknown(what: str, given: str, known: list[str]) -> InputError:
+    """The error about a name that is none of those known, with the nearest of them."""
     near = difflib.get_close_matches(given, known, 1)
     return InputError(
         f"unknown {what}  {given}", f"known are {', '.join(known)}", f"did you mean {near[0]}?" if near else ""

@@ -1,12 +1,11 @@
 """Sources of questions and answers by name."""
 
-import difflib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from g2vlm.data.chat.types import ChatSource, Size
-from g2vlm.data.registry import option_names
+from g2vlm.data.registry import option_names, unknown
 from g2vlm.errors import InputError
 
 SOURCES = {
@@ -30,7 +29,7 @@ def build_chat_source(name: str, root: Path | None, view_size: Size, **options: 
         InputError: unknown name or option (the nearest known one is suggested), or a root missing or not wanted.
     """
     if name not in SOURCES:
-        raise _unknown("source of questions", name, list(SOURCES))
+        raise unknown("source of questions", name, list(SOURCES))
     if (root is None) != (name in NEEDS_NO_ROOT):
         why = "it is rendered and has no folder" if root is not None else "no file or folder was given"
         raise InputError(f"cannot open source of questions  {name}", why, "check root")
@@ -39,14 +38,7 @@ def build_chat_source(name: str, root: Path | None, view_size: Size, **options: 
     known = option_names(source_class)
     for option in options:
         if option not in known:
-            raise _unknown(f"option of {name}", option, [key for key in known if key != "view_size"])
+            raise unknown(f"option of {name}", option, [key for key in known if key != "view_size"])
     if "view_size" in known:
         options = {"view_size": view_size, **options}
     return source_class(**options) if root is None else source_class(Path(root), **options)
-
-
-def _unknown(what: str, given: str, known: list[str]) -> InputError:
-    near = difflib.get_close_matches(given, known, 1)
-    return InputError(
-        f"unknown {what}  {given}", f"known are {', '.join(known)}", f"did you mean {near[0]}?" if near else ""
-    )
