@@ -211,7 +211,7 @@ def random_answers(training: Sequence[Question], seed: int = 0) -> Answerer:
             numbers[question.task].append(question.answer)
 
     def answer(question: Question) -> str:
-        pool = [letter for letter, _ in zip(letters(), question.options, strict=False)] or numbers[question.task]
+        pool = [*letters()[: len(question.options)]] or numbers[question.task]
         return pool[generator.integers(len(pool))] if pool else ""
 
     return answer

@@ -84,7 +84,7 @@ CHAT_TEMPLATE = (
 def texts() -> list[str]:
     """The corpus: every question often enough that each category stands in each of its places."""
     names = cycle(CATEGORIES)
-    asked = [q.format(**dict(zip("abcd", islice(names, 7), strict=False))) for q in QUESTIONS for _ in CATEGORIES]
+    asked = [q.format(**dict(zip("abcd", islice(names, 4), strict=True))) for q in QUESTIONS for _ in CATEGORIES]
     return [*asked, *CHAT * len(CATEGORIES), *ANSWERS, *CATEGORIES, *(f" {name}" for name in CATEGORIES)]
 
 

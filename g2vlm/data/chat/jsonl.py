@@ -134,7 +134,7 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
     said = [(speaker, text) for speaker, text in said if speaker not in SYSTEM]
     if not all(isinstance(text, str) for _, text in said):
         raise ValueError("a value of conversations is not a text")
-    pairs = list(zip(said[::2], said[1::2], strict=False))
+    pairs = list(zip(said[:-1:2], said[1::2], strict=True))
     if not pairs or not all(asked[0] in USER and told[0] in MODEL for asked, told in pairs):
         raise ValueError("conversations is not human and gpt in turn")
     return [(asked[1], told[1]) for asked, told in pairs]

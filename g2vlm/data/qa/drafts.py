@@ -58,7 +58,8 @@ class Letters:
         texts = self._draws.shuffled(wrong)
         place = self.place(len(wrong) + 1)
         texts.insert(place, right)
-        return tuple(f"{letter}. {text}" for letter, text in zip(letters(), texts, strict=False)), letters()[place]
+        lettered = zip(letters()[: len(texts)], texts, strict=True)
+        return tuple(f"{letter}. {text}" for letter, text in lettered), letters()[place]
 
 
 def finish(draft: Draft, scene: str, task: str, index: int, places: Letters) -> Question:
