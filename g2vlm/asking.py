@@ -8,27 +8,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from g2vlm import generation
 from g2vlm.chat_model import ChatModel
-from g2vlm.errors import InputError
 from g2vlm.generation import Prefix, Stream
 from g2vlm.images import PATCH, SourceImage, geometry_pixels, geometry_size
 from g2vlm.predictions import scene_of
 from g2vlm.processing import normalise_views
-from g2vlm.processor import PLACEHOLDER
-from g2vlm.prompts import Part, chat_segments, next_turn
+from g2vlm.prompts import Part, chat_segments, next_turn, place_images
 from g2vlm.sampling import GenerationOptions
 from g2vlm.scene import Scene
 from g2vlm.semantic_images import semantic_grid, semantic_pixels
 from g2vlm.sequence import GeometryViews, Segment, SemanticImage
 
 Segments = tuple[Segment, ...]
-Placed = TypeVar("Placed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,27 +244,6 @@ class _Seen:
 
     prefix: Prefix
     scene: Scene | None
-
-
-def place_images(question: str, images: Sequence[Placed]) -> list[str | Placed]:
-    """A question with images in the places of `<image>`, or before the text if it has none.
-
-    Raises:
-        InputError: no text, or another number of places than images.
-    """
-    pieces = question.split(PLACEHOLDER)
-    if not "".join(pieces).strip():
-        raise InputError("the question is empty", f"it reads {question!r}", "ask something")
-    if len(pieces) == 1:
-        return [*images, question]
-    if len(pieces) != len(images) + 1:
-        raise InputError(
-            f"the question has {len(pieces) - 1} {PLACEHOLDER}, and there are {len(images)} images",
-            f"it reads {question!r}",
-            f"write {PLACEHOLDER} once for each image, or not at all: then the images stand before the text",
-        )
-    placed = [part for pair in zip(pieces, images, strict=False) for part in pair]
-    return [part for part in (*placed, pieces[-1]) if part != ""]
 
 
 def _renumbered(stream: Stream | None, members: Sequence[int]) -> Stream | None:

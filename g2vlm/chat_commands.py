@@ -12,12 +12,13 @@ from typing import Any
 from jsonargparse import Namespace
 from transformers.utils.logging import disable_progress_bar
 
-from g2vlm.asking import Answer, Context, place_images
+from g2vlm.asking import Answer, Context
 from g2vlm.commands import dtype_of
 from g2vlm.errors import CheckFailed, G2VLMError, InputError
 from g2vlm.export import check_output_folder
 from g2vlm.images import SourceImage
 from g2vlm.pipeline import Geometry, Pipeline, load, read_sources
+from g2vlm.prompts import place_images
 from g2vlm.sampling import GenerationOptions
 
 log = logging.getLogger(__name__)

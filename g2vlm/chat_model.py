@@ -13,7 +13,7 @@ from g2vlm.errors import CheckpointError, InputError
 from g2vlm.model.decoder import MoTLayer
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processor import G2VLMProcessor
-from g2vlm.prompts import SPECIAL_TOKENS, ChatTokenizer
+from g2vlm.prompts import ChatTokenizer
 from g2vlm.sequence import GeometryViews, Segment, SemanticImage, segment_length
 
 log = logging.getLogger(__name__)
@@ -42,17 +42,7 @@ class ChatModel:
     max_context: int = MAX_CONTEXT
 
     def __post_init__(self) -> None:
-        config, largest = self.model.config, max(self.tokenizer.tokenizer.get_vocab().values())
-        wrong = [
-            f"{token} is {getattr(self.tokenizer.ids, name)}, but {getattr(config.tokens, name)} in the model"
-            for name, token in SPECIAL_TOKENS.items()
-            if getattr(self.tokenizer.ids, name) != getattr(config.tokens, name)
-        ]
-        if largest >= config.vocab_size:
-            wrong.append(f"it has ids up to {largest}, the model {config.vocab_size} of them")
-        if wrong:
-            fix = "put the checkpoint's own tokenizer files into its folder"
-            raise CheckpointError(f"the tokenizer of {self.name} is not the model's", "; ".join(wrong), fix)
+        self.tokenizer.require_fits(self.model.config, self.name)
 
     @classmethod
     def of(cls, model: G2VLMForConditionalGeneration, name: str, max_context: int = MAX_CONTEXT) -> Self:

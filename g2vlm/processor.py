@@ -20,7 +20,7 @@ from g2vlm.config import G2VLMConfig
 from g2vlm.errors import InputError
 from g2vlm.images import PATCH, SourceImage, geometry_pixels, to_source
 from g2vlm.processing import normalise_views, view_grid
-from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, Part, chat_segments
+from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, Part, chat_segments, place_images
 from g2vlm.semantic_images import SemanticRule, semantic_grid, semantic_pixels
 from g2vlm.sequence import (
     GeometryAttention,
@@ -36,7 +36,6 @@ Images = ImageLike | Sequence[ImageLike] | None
 Content = Mapping[str, Any]
 """A part: {"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "views", "views": [...]}."""
 
-PLACEHOLDER = "<image>"
 """Where, in the text of a question, an image stands."""
 
 
@@ -163,20 +162,11 @@ class G2VLMProcessor(ProcessorMixin):
     def _content(self, images: Images, text: str, views: Images, geometry: bool) -> list[Content]:
         """The parts of a question that is given as text with placeholders."""
         own = [to_source(image) for image in _listed(images)]
-        pieces = text.split(PLACEHOLDER)
-        if len(pieces) == 1:
-            pieces = [""] * len(own) + [text]
-        if len(pieces) != len(own) + 1:
-            raise InputError(
-                f"the question has {len(pieces) - 1} {PLACEHOLDER} and {len(own)} images",
-                f"each {PLACEHOLDER} stands for one image",
-                f"write one {PLACEHOLDER} for each image, or none: then the images stand before the text",
-            )
         seen = [to_source(image) for image in _listed(views)] or own
         content: list[Content] = [{"type": "views", "views": seen}] if geometry and seen else []
-        for piece, image in zip(pieces, own, strict=False):
-            content += [{"type": "text", "text": piece}, {"type": "image", "image": image}]
-        return [*content, {"type": "text", "text": pieces[-1]}]
+        for part in place_images(text, own):
+            content += [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}]
+        return content
 
     def _inputs(self, questions: Sequence[Sequence[Content]]) -> ModelInputs:
         """Packed questions, whose images have been read."""

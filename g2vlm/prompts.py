@@ -7,10 +7,12 @@ minds that removes such strings first; `SPECIAL_TOKENS` holds those that mean so
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from g2vlm.errors import CheckpointError
+from g2vlm.config import G2VLMConfig
+from g2vlm.errors import CheckpointError, InputError
 from g2vlm.sequence import GeometryViews, Segment, SemanticImage, SemanticVideo, SpecialIds, Text
 
 SYSTEM = "You are a helpful assistant."
@@ -23,6 +25,10 @@ SPECIAL_TOKENS = {
 }
 """Text of the fields of `SpecialIds`."""
 EMBEDDED = Path(__file__).parent / "assets" / "tokenizer"
+
+PLACEHOLDER = "<image>"
+"""Where an image stands in the text of a question."""
+Placed = TypeVar("Placed")
 
 Part = str | GeometryViews | SemanticImage | SemanticVideo
 """What a question consists of."""
@@ -87,6 +93,24 @@ class ChatTokenizer:
         """The tokenizer of the presets `tiny` and `small`."""
         return cls.open(EMBEDDED)
 
+    def require_fits(self, config: G2VLMConfig, name: str = "the model") -> None:
+        """Refuse a tokenizer whose ids mean something else to a model.
+
+        Raises:
+            CheckpointError: a special token has another id, or there are ids beyond the vocabulary.
+        """
+        largest = max(self.tokenizer.get_vocab().values())
+        wrong = [
+            f"{token} is {getattr(self.ids, key)}, but {getattr(config.tokens, key)} in the model"
+            for key, token in SPECIAL_TOKENS.items()
+            if getattr(self.ids, key) != getattr(config.tokens, key)
+        ]
+        if largest >= config.vocab_size:
+            wrong.append(f"it has ids up to {largest}, the model {config.vocab_size} of them")
+        if wrong:
+            fix = "put the checkpoint's own tokenizer files into its folder"
+            raise CheckpointError(f"the tokenizer of {name} is not the model's", "; ".join(wrong), fix)
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text; the text of a special token becomes its id, and nothing is added."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -119,3 +143,24 @@ def chat_segments(tokenizer: ChatTokenizer, parts: Sequence[Part], answer: str |
 def next_turn(tokenizer: ChatTokenizer, answer: Sequence[int]) -> list[Segment]:
     """What follows the newline after "assistant" up to the user's next words: an answer, its end, the user's header."""
     return [Text((*answer, *tokenizer.encode("<|im_end|>\n<|im_start|>user\n")))]
+
+
+def place_images(question: str, images: Sequence[Placed]) -> list[str | Placed]:
+    """A question with images in the places of `<image>`, or before the text if it has none.
+
+    Raises:
+        InputError: no text, or another number of places than images.
+    """
+    pieces = question.split(PLACEHOLDER)
+    if not "".join(pieces).strip():
+        raise InputError("the question is empty", f"it reads {question!r}", "ask something")
+    if len(pieces) == 1:
+        return [*images, question]
+    if len(pieces) != len(images) + 1:
+        raise InputError(
+            f"the question has {len(pieces) - 1} {PLACEHOLDER}, and there are {len(images)} images",
+            f"it reads {question!r}",
+            f"write {PLACEHOLDER} once for each image, or not at all: then the images stand before the text",
+        )
+    placed = [part for pair in zip(pieces[:-1], images, strict=True) for part in pair]
+    return [part for part in (*placed, pieces[-1]) if part != ""]

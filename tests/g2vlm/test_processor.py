@@ -153,10 +153,10 @@ def test_files_and_pil_images(processor: G2VLMProcessor, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
-    ({"text": "What is <image>?", "images": 2}, "1 <image> and 2 images"),
-    ({"text": "<image><image>"}, "2 <image> and 0 images"),
+    ({"text": "What is <image>?", "images": 2}, "1 <image>, and there are 2 images"),
+    ({"text": "<image><image>?"}, "2 <image>, and there are 0 images"),
     ({"images": 1}, "no question"),
-    ({"images": 1, "text": ""}, "no question"),
+    ({"images": 1, "text": ""}, "the question is empty"),
     ({"text": []}, "no question"),
     ({"text": ["a", "b"], "images": 1}, "2 questions and 1 entries of images"),
     ({"text": "a", "return_tensors": "np"}, "return_tensors='np'"),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from g2vlm.config import G2VLMConfig
 from g2vlm.data.chat.types import ChatShape, ImageAt, Size, Turn
-from g2vlm.errors import CheckpointError, InputError
-from g2vlm.prompts import RECON_PROMPT, SPECIAL_TOKENS, ChatTokenizer, Part, chat_segments
+from g2vlm.errors import InputError
+from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, Part, chat_segments
 from g2vlm.semantic_images import SemanticRule, semantic_grid
 from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text, segment_length
 
@@ -38,14 +38,7 @@ class ChatLayout:
     views_prompt: str = RECON_PROMPT
 
     def __post_init__(self) -> None:
-        for name, token in SPECIAL_TOKENS.items():
-            given, wanted = getattr(self.tokenizer.ids, name), getattr(self.config.tokens, name)
-            if given != wanted:
-                raise CheckpointError(
-                    "the tokenizer is not the model's",
-                    f"{token} has id {given}, and {wanted} in the model's config",
-                    "put the checkpoint's own tokenizer files into its folder",
-                )
+        self.tokenizer.require_fits(self.config)
 
     def segments(self, shape: ChatShape) -> list[Segment]:
         """The sample's segments in sequence order.
