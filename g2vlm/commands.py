@@ -135,7 +135,7 @@ def _config_facts(config: G2VLMConfig) -> dict[str, str]:
         "decoder": f"{decoder.num_layers} layers, width {decoder.hidden_size}, "
         f"{decoder.num_heads}/{decoder.num_kv_heads} heads of {decoder.head_dim}",
         "attention": f"views {config.geometry_attention}, semantic images {config.semantic_image_attention}, "
-        f"positions {config.view_positions}",
+        f"positions {config.view_positions}, geometry sees {config.geometry_sees}",
         "encoders": f"{config.encoders}; DINOv2 windows {encoder.windows}",
         "normals": config.heads.normals,
         "views": f"{config.view_width} pixels wide unless another width is asked for",

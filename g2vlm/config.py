@@ -249,6 +249,8 @@ class G2VLMConfig(PreTrainedConfig):
         semantic_image_attention: `full` as released; `causal` for models that start from a stock decoder.
         view_positions: `sequential` as released; `shared` gives all views the same positions, which makes local
             points and poses equivariant to the order of the views.
+        geometry_sees: `everything` before a view as released; `views` hides text and markers from geometry tokens, so
+            that training the semantic expert alone leaves every reconstruction as it is (docs/adr/0008).
     """
 
     model_type = "g2vlm"
@@ -264,6 +266,7 @@ class G2VLMConfig(PreTrainedConfig):
         geometry_attention: GeometryAttention = "global",
         semantic_image_attention: Literal["full", "causal"] = "full",
         view_positions: Literal["sequential", "shared"] = "sequential",
+        geometry_sees: Literal["everything", "views"] = "everything",
         **kwargs: Any,
     ):
         self.decoder = _build(DecoderConfig, decoder, "decoder")
@@ -275,6 +278,7 @@ class G2VLMConfig(PreTrainedConfig):
         self.geometry_attention: GeometryAttention = geometry_attention
         self.semantic_image_attention = semantic_image_attention
         self.view_positions = view_positions
+        self.geometry_sees = geometry_sees
         _refuse_unknown(kwargs.keys(), [*_OWN_KEYS, *_TRANSFORMERS_KEYS], "")
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
@@ -360,6 +364,7 @@ class G2VLMConfig(PreTrainedConfig):
             ),
             "heads": HeadsConfig(depth=3, num_heads=8, point_dim=512, camera_dim=256, normals="learned"),
             "tokens": EMBEDDED_TOKENS,
+            "geometry_sees": "views",
         }
         return cls(**(parts | overrides))
 
@@ -389,6 +394,7 @@ class G2VLMConfig(PreTrainedConfig):
             ),
             "heads": HeadsConfig(depth=2, num_heads=4, point_dim=128, camera_dim=64, normals="learned"),
             "tokens": EMBEDDED_TOKENS,
+            "geometry_sees": "views",
         }
         return cls(**(parts | overrides))
 
@@ -425,6 +431,7 @@ class G2VLMConfig(PreTrainedConfig):
             "heads": HeadsConfig(depth=3, num_heads=9, point_dim=512, camera_dim=256, normals="learned"),
             "tokens": _SMOL_TOKENS,
             "semantic_image_attention": "causal",
+            "geometry_sees": "views",
         }
         return cls(**(parts | overrides))
 
@@ -447,6 +454,7 @@ _CHOICES = {
     "geometry_attention": ("global", "block_causal", "frame", "mixed"),
     "semantic_image_attention": ("full", "causal"),
     "view_positions": ("sequential", "shared"),
+    "geometry_sees": ("everything", "views"),
 }
 _OWN_KEYS = [*_PARTS, *_CHOICES]
 _TRANSFORMERS_KEYS = [

@@ -8,6 +8,7 @@ from torch import Tensor
 from g2vlm.config import IMAGENET_MEAN, IMAGENET_STD, G2VLMConfig
 from g2vlm.sequence import (
     GeometryAttention,
+    GeometrySees,
     GeometryViews,
     PackedSequence,
     SemanticImageAttention,
@@ -32,6 +33,7 @@ def sequence_builder(config: G2VLMConfig, geometry_attention: GeometryAttention 
         geometry_attention=geometry_attention or cast(GeometryAttention, own),
         semantic_image_attention=cast(SemanticImageAttention, config.semantic_image_attention),
         view_positions=cast(ViewPositions, config.view_positions),
+        geometry_sees=cast(GeometrySees, config.geometry_sees),
     )
 
 

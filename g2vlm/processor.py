@@ -24,6 +24,7 @@ from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, Part, chat_segments, plac
 from g2vlm.semantic_images import SemanticRule, semantic_grid, semantic_pixels
 from g2vlm.sequence import (
     GeometryAttention,
+    GeometrySees,
     GeometryViews,
     SemanticImage,
     SemanticImageAttention,
@@ -69,7 +70,7 @@ class G2VLMProcessor(ProcessorMixin):
         view_width: width in pixels that views are brought to for the geometry encoder.
         views_prompt: the sentence before the views, as in the released training samples; the released `chat_with_recon`
             leaves it out ("").
-        geometry_attention, semantic_image_attention, view_positions: as in `SequenceBuilder`.
+        geometry_attention, semantic_image_attention, view_positions, geometry_sees: as in `SequenceBuilder`.
 
     Raises:
         CheckpointError: the tokenizer lacks a special token.
@@ -86,6 +87,7 @@ class G2VLMProcessor(ProcessorMixin):
         geometry_attention: str = "global",
         semantic_image_attention: str = "full",
         view_positions: str = "sequential",
+        geometry_sees: str = "everything",
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.rule = SemanticRule.official() if semantic_rule is None else SemanticRule(**semantic_rule)
@@ -95,6 +97,7 @@ class G2VLMProcessor(ProcessorMixin):
         self.geometry_attention = geometry_attention
         self.semantic_image_attention = semantic_image_attention
         self.view_positions = view_positions
+        self.geometry_sees = geometry_sees
         self.chat = ChatTokenizer(tokenizer, tokenizer.name_or_path or "the processor")
 
     @classmethod
@@ -200,6 +203,7 @@ class G2VLMProcessor(ProcessorMixin):
             cast(GeometryAttention, self.geometry_attention),
             cast(SemanticImageAttention, self.semantic_image_attention),
             cast(ViewPositions, self.view_positions),
+            cast(GeometrySees, self.geometry_sees),
         )
 
 
@@ -281,6 +285,7 @@ def processor_fields(config: G2VLMConfig, rule: SemanticRule) -> dict[str, Any]:
         "geometry_attention": "global" if mixed else config.geometry_attention,
         "semantic_image_attention": config.semantic_image_attention,
         "view_positions": config.view_positions,
+        "geometry_sees": config.geometry_sees,
     }
 
 

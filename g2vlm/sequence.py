@@ -23,6 +23,7 @@ Grid = tuple[int, int]
 GeometryAttention = Literal["global", "block_causal", "frame"]
 SemanticImageAttention = Literal["full", "causal"]
 ViewPositions = Literal["sequential", "shared"]
+GeometrySees = Literal["everything", "views"]
 
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 FILLER_ID = 0  # id in an image slot: a valid embedding row whose value is replaced
@@ -232,6 +233,8 @@ class SequenceBuilder:
         view_positions: `sequential`: each view starts where the one before stopped. `shared`: all views of a segment,
             markers included, start at one position; what follows starts as after the largest view alone, which is the
             largest id in use plus one, whatever the order of the views.
+        geometry_sees: `everything`: geometry tokens see what stands before them, and their markers (the release).
+            `views`: only each other, so that no word and no weight of the semantic expert changes a reconstruction.
 
     Raises:
         ValueError: an option outside its allowed values.
@@ -241,12 +244,14 @@ class SequenceBuilder:
     geometry_attention: GeometryAttention = "global"
     semantic_image_attention: SemanticImageAttention = "full"
     view_positions: ViewPositions = "sequential"
+    geometry_sees: GeometrySees = "everything"
 
     def __post_init__(self) -> None:
         for name, allowed in [
             ("geometry_attention", get_args(GeometryAttention)),
             ("semantic_image_attention", get_args(SemanticImageAttention)),
             ("view_positions", get_args(ViewPositions)),
+            ("geometry_sees", get_args(GeometrySees)),
         ]:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
@@ -257,7 +262,7 @@ class SequenceBuilder:
         Raises:
             ValueError: no samples, or a sample without segments.
         """
-        return self._packed(_Draft(), samples)
+        return self._packed(_Draft(geometry_alone=self.geometry_sees == "views"), samples)
 
     def extend(
         self, cached: PackedSequence, samples: Sequence[Sample], parents: Sequence[int] | None = None
@@ -280,7 +285,8 @@ class SequenceBuilder:
             )
         positions = [cached.next_positions[parent] for parent in parents]
         seen = tuple(cached.seen[parent] for parent in parents)
-        return self._packed(_Draft(positions, seen, cached.num_keys), samples)
+        alone = self.geometry_sees == "views"
+        return self._packed(_Draft(positions, seen, cached.num_keys, alone), samples)
 
     def _packed(self, draft: "_Draft", samples: Iterable[Sample]) -> PackedSequence:
         for sample in samples:
@@ -367,6 +373,7 @@ class _Draft:
     first_positions: list[int] = field(default_factory=list)
     cached: tuple[Seen, ...] = ()
     num_cached: int = 0
+    geometry_alone: bool = False
     runs: list[_Run] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     view_grids: list[tuple[Grid, ...]] = field(default_factory=list)
@@ -437,7 +444,7 @@ class _Draft:
         geometry = [
             (end - len(run.ids), end) for run, end in zip(self.runs, ends, strict=True) if run.kind == "geometry"
         ]
-        return SplitLayout(tuple(self.splits), tuple(geometry), self.num_cached, self.cached)
+        return SplitLayout(tuple(self.splits), tuple(geometry), self.num_cached, self.cached, self.geometry_alone)
 
     def _sample_ranges(self, layout: SplitLayout) -> tuple[SampleRange, ...]:
         ranges = []

@@ -181,7 +181,7 @@ def _obstacles(config: G2VLMConfig) -> list[str]:
 def lost_settings(config: G2VLMConfig) -> list[str]:
     """Settings of a model that the released layout does not store and the released code would compute otherwise."""
     released = G2VLMConfig()
-    names = ("geometry_attention", "semantic_image_attention", "view_positions")
+    names = ("geometry_attention", "semantic_image_attention", "view_positions", "geometry_sees")
     lost = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != getattr(released, name)]
     windows = config.geometry_encoder.windows
     return lost + ([f"geometry_encoder.windows={windows}"] if windows != "official" else [])

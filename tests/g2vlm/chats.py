@@ -22,6 +22,7 @@ from g2vlm.config import (
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.sequence import (
     GeometryAttention,
+    GeometrySees,
     GeometryViews,
     Sample,
     Segment,
@@ -52,23 +53,23 @@ PACKS: dict[str, list[Sample]] = {
     **{name: [sample] for name, sample in CHATS.items()},
     "pack": [CHATS["text"], CHATS["late views"], CHATS["chat"]],
 }
-KINDS: list[tuple[str, str, str]] = list(
-    product(get_args(GeometryAttention), get_args(SemanticImageAttention), get_args(ViewPositions))
+KINDS: list[tuple[str, str, str, str]] = list(
+    product(*map(get_args, (GeometryAttention, SemanticImageAttention, ViewPositions, GeometrySees)))
 )
 
 
 @cache
 @torch.inference_mode(mode=False)
-def chat_model(geometry: str = "global", images: str = "full", positions: str = "sequential"):
+def chat_model(geometry: str = "global", images: str = "full", positions: str = "sequential", sees: str = "everything"):
     """A model in float64 whose answers differ from question to question and do not end; one for equal arguments."""
-    return _random_model(_config(geometry, images, positions))
+    return _random_model(_config(geometry, images, positions, sees))
 
 
 @cache
 @torch.inference_mode(mode=False)
 def deepstack_model():
     """The same in the way of Qwen3-VL: interleaved rotation, features of two tower layers added in the decoder."""
-    config = _config("global", "causal", "sequential")
+    config = _config("global", "causal", "sequential", "everything")
     config.decoder = replace(config.decoder, mrope_layout="interleaved", mrope_sections=(2, 1, 1))
     config.semantic_encoder = Qwen3VLTowerConfig(
         hidden_size=32, num_layers=2, num_heads=2, intermediate_size=40, num_positions=16, patch_size=14,
@@ -77,7 +78,7 @@ def deepstack_model():
     return _random_model(config)
 
 
-def _config(geometry: str, images: str, positions: str) -> G2VLMConfig:
+def _config(geometry: str, images: str, positions: str, sees: str) -> G2VLMConfig:
     decoder = DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -100,6 +101,7 @@ def _config(geometry: str, images: str, positions: str) -> G2VLMConfig:
         geometry_attention=geometry,  # pyright: ignore[reportArgumentType]
         semantic_image_attention=images,  # pyright: ignore[reportArgumentType]
         view_positions=positions,  # pyright: ignore[reportArgumentType]
+        geometry_sees=sees,  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from g2vlm.model.attention.splits import Split, SplitLayout
 from g2vlm.sequence import (
     GeometryAttention,
+    GeometrySees,
     GeometryViews,
     PackedSequence,
     Sample,
@@ -49,9 +50,10 @@ PACKS: dict[str, list[Sample]] = {
     "one_token": [[Text((1,))]],
 }
 BUILDERS = {
-    f"{geometry}-{images}": SequenceBuilder(SPECIAL, geometry, images)
+    f"{geometry}-{images}{'-alone' * (sees == 'views')}": SequenceBuilder(SPECIAL, geometry, images, geometry_sees=sees)
     for geometry in get_args(GeometryAttention)
     for images in get_args(SemanticImageAttention)
+    for sees in get_args(GeometrySees)
 }
 
 
@@ -61,6 +63,7 @@ class Token:
     segment: int
     kind: type
     view: int = 0
+    marker: bool = False
 
 
 def tokens(samples: list[Sample]) -> list[Token]:
@@ -73,9 +76,10 @@ def tokens(samples: list[Sample]) -> list[Token]:
             elif isinstance(segment, SemanticImage):
                 count = segment.grid[0] * segment.grid[1] // segment.merge**2
                 found += [Token(i, j, SemanticImage)] * (count + 2)
-            else:
+            elif isinstance(segment, GeometryViews):
                 for view, (rows, columns) in enumerate(segment.grids):
-                    found += [Token(i, j, GeometryViews, view)] * (rows * columns + 2)
+                    marker = Token(i, j, GeometryViews, view, marker=True)
+                    found += [marker, *[Token(i, j, GeometryViews, view)] * (rows * columns), marker]
     return found
 
 
@@ -84,6 +88,8 @@ def sees(builder: SequenceBuilder, query: Token, key: Token, key_is_later: bool)
     same_segment = query.segment == key.segment
     same_view = same_segment and query.view == key.view
     if query.sample != key.sample:
+        return False
+    if builder.geometry_sees == "views" and is_geometry(query) and not is_geometry(key):
         return False
     if builder.geometry_attention == "frame" and query.kind == key.kind == GeometryViews:
         return same_view
@@ -94,15 +100,20 @@ def sees(builder: SequenceBuilder, query: Token, key: Token, key_is_later: bool)
     return query.kind is SemanticImage and builder.semantic_image_attention == "full" and same_segment
 
 
+def is_geometry(token: Token) -> bool:
+    return token.kind is GeometryViews and not token.marker
+
+
 def segment_mask(builder: SequenceBuilder, samples: list[Sample]) -> Tensor:
     """(S, S) visibility in sequence order, from the segments."""
     found = tokens(samples)
     return torch.tensor([[sees(builder, q, k, j > i) for j, k in enumerate(found)] for i, q in enumerate(found)])
 
 
-def split_mask(splits: tuple[Split, ...]) -> Tensor:
+def split_mask(layout: SplitLayout) -> Tensor:
     """(S, S) visibility in sequence order, from the splits."""
-    owner = [split for split in splits for _ in range(split.start, split.stop)]
+    owner = [split for split in layout.splits for _ in range(split.start, split.stop)]
+    geometry = {position for start, stop in layout.geometry for position in range(start, stop)}
     rows = []
     for i, query in enumerate(owner):
         row = []
@@ -112,7 +123,8 @@ def split_mask(splits: tuple[Split, ...]) -> Tensor:
             else:
                 hidden = key.mode == "noise" or query.mode == key.mode == "frame"
                 visible = key.sample == query.sample and j < i and not hidden
-            row.append(visible)
+            alone = layout.geometry_alone and i in geometry and j not in geometry
+            row.append(visible and not alone)
         rows.append(row)
     return torch.tensor(rows)
 
@@ -138,6 +150,7 @@ def random_pack(seed: int) -> tuple[SequenceBuilder, list[Sample]]:
         rng.choice(get_args(GeometryAttention)),
         rng.choice(get_args(SemanticImageAttention)),
         rng.choice(get_args(ViewPositions)),
+        rng.choice(get_args(GeometrySees)),
     )
     return builder, [[random_segment(rng) for _ in range(rng.randint(1, 5))] for _ in range(rng.randint(1, 3))]
 
@@ -156,7 +169,8 @@ def random_layout(seed: int) -> SplitLayout:
         stop = min(position + rng.randint(1, 4), start)
         geometry.append((position, stop))
         position = stop
-    return SplitLayout(tuple(splits), tuple(geometry) if rng.random() < 0.8 else ())
+    ranges = tuple(geometry) if rng.random() < 0.8 else ()
+    return SplitLayout(tuple(splits), ranges, geometry_alone=rng.random() < 0.3)
 
 
 def layout_order(layout: SplitLayout) -> Tensor:

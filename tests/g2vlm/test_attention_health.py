@@ -35,7 +35,7 @@ def test_statistics_equal_the_dense_computation(name: str, builder, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", KINDS[:4], ids="-".join)
-def test_watching_a_forward_changes_nothing(kind: tuple[str, str, str]) -> None:
+def test_watching_a_forward_changes_nothing(kind: tuple[str, str, str, str]) -> None:
     model, samples = chat_model(*kind), PACKS["pack"]
     sequence, inputs = sequence_builder(model.config).build(samples), pack_inputs(samples)
     plain = model(sequence=sequence, **inputs).semantic_hidden

@@ -16,7 +16,7 @@ SEEDS = range(200)
 def test_plan_equals_the_visibility_rule(seed: int) -> None:
     layout = random_layout(seed)
     order = layout_order(layout)
-    assert layout.plan().mask()[order][:, order].equal(split_mask(layout.splits))
+    assert layout.plan().mask()[order][:, order].equal(split_mask(layout))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -25,7 +25,7 @@ def test_continued_plans_follow_the_rule_of_the_whole(seed: int) -> None:
     whole = random_layout(seed)
     order = layout_order(whole)
     num_samples = whole.splits[-1].sample + 1
-    mask, keys, seen = split_mask(whole.splits), [], ()
+    mask, keys, seen = split_mask(whole), [], ()
     for part in cut(whole, seed):
         layout = replace(part, num_cached=len(keys), cached=seen)
         start = len(keys)
@@ -46,7 +46,7 @@ def cut(layout: SplitLayout, seed: int) -> list[SplitLayout]:
 def part_of(layout: SplitLayout, start: int, stop: int) -> SplitLayout:
     splits = [replace(s, start=s.start - start, stop=s.stop - start) for s in layout.splits if start <= s.start < stop]
     ranges = [(max(a, start) - start, min(b, stop) - start) for a, b in layout.geometry if a < stop and b > start]
-    return SplitLayout(tuple(splits), tuple(ranges))
+    return SplitLayout(tuple(splits), tuple(ranges), geometry_alone=layout.geometry_alone)
 
 
 def test_branches_of_one_sample_do_not_see_each_other() -> None:
@@ -59,6 +59,7 @@ def test_branches_of_one_sample_do_not_see_each_other() -> None:
     expected[2:, 8:] = torch.ones(3, 3).tril().bool()
     assert branches.plan().mask().equal(expected)
     assert [after.everything for after in branches.seen(2)] == [((0, 8),), ((0, 6), (8, 11))]
+    assert [after.geometry for after in branches.seen(2)] == [((0, 2),), ((0, 2),)]
 
 
 def test_consecutive_causal_splits_are_one_block() -> None:
@@ -78,7 +79,7 @@ def test_empty_layout() -> None:
 
 def test_geometry_only_layout() -> None:
     layout = SplitLayout((Split(0, 3, "causal"), Split(3, 5, "full")), geometry=((0, 5),))
-    assert layout.plan().mask().equal(split_mask(layout.splits))
+    assert layout.plan().mask().equal(split_mask(layout))
 
 
 @pytest.mark.parametrize(

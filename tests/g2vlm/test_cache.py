@@ -36,7 +36,7 @@ def last_logits(model, sequence, **inputs) -> Tensor:
 @kind_
 @pack_
 @torch.inference_mode()
-def test_cached_decoding_equals_uncached(kind: tuple[str, str, str], samples: list[Sample]) -> None:
+def test_cached_decoding_equals_uncached(kind: tuple[str, str, str, str], samples: list[Sample]) -> None:
     """Token by token in rows of different lengths, against one forward over everything that was said so far."""
     assert_cached_decoding_equals_uncached(chat_model(*kind), samples)
 
@@ -73,7 +73,7 @@ def assert_cached_decoding_equals_uncached(model, samples: list[Sample]) -> None
 @kind_
 @pack_
 @torch.inference_mode()
-def test_one_prefill_equals_segment_by_segment(kind: tuple[str, str, str], samples: list[Sample]) -> None:
+def test_one_prefill_equals_segment_by_segment(kind: tuple[str, str, str, str], samples: list[Sample]) -> None:
     model, builder = chat_model(*kind), sequence_builder(chat_model(*kind).config)
     sequence, cache, geometric = None, None, []
     for step in range(max(map(len, samples))):

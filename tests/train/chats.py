@@ -137,10 +137,10 @@ def chat_run(
 
 
 def chat_trainer(
-    config: RunConfig, engine: Engine | None = None, lr: float = 1e-3
+    config: RunConfig, model_config: G2VLMConfig | None = None, engine: Engine | None = None, lr: float = 1e-3
 ) -> tuple[Trainer, G2VLMForConditionalGeneration]:
     torch.manual_seed(0)
-    model, engine = G2VLMForConditionalGeneration(chat_config()), engine or Engine(torch.device("cpu"))
+    model, engine = G2VLMForConditionalGeneration(model_config or chat_config()), engine or Engine(torch.device("cpu"))
     trained = set_trainable(model, config.trainable)
     wrapped = engine.wrap(model)
     optimizer = build_optimizer(model, trained, config.trainable, OptimConfig(lr=lr))

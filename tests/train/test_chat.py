@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from g2vlm.data.chat.batch import chat_inputs
+from g2vlm.data.types import ViewRequest
 from g2vlm.errors import InputError, TrainingAborted
+from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.processing import recon_inputs
 from g2vlm.weights import read_json
-from tests.train.chats import CE, CE_CE, COLOURS, VG_CE, Colours, chat_run, chat_steps, chat_trainer, pack
+from tests.train.chats import CE, CE_CE, COLOURS, VG_CE, Colours, chat_config, chat_run, chat_steps, chat_trainer, pack
+from tests.train.scenes import BoxRooms
 from tests.train.test_state import equal_runs
 from train.config import GeometryConfig, RunConfig
 from train.engine import engine
@@ -84,6 +88,26 @@ def test_a_frozen_geometry_stream_keeps_nothing() -> None:
     assert not output.geometric_hidden.requires_grad
     model.geometry_projection.weight.requires_grad_(True)
     assert model(**inputs).geometric_hidden.requires_grad
+
+
+@pytest.mark.parametrize("sees", ["views", "everything"])
+def test_learning_to_answer_leaves_reconstructions_as_they_are(sees: str) -> None:
+    """Bit for bit where views see only each other; words before them are the semantic expert's, which learns."""
+    config = chat_run(trainable=CE)
+    trainer, model = chat_trainer(config, chat_config(geometry_sees=sees))
+    before = reconstruction(model)
+    chat_steps(trainer, config, [pack([Colours().load(0, 0)])] * 2)
+    same = [torch.equal(one, other) for one, other in zip(before, reconstruction(model), strict=True)]
+    assert all(same) if sees == "views" else not any(same)
+
+
+@torch.no_grad()
+def reconstruction(model: G2VLMForConditionalGeneration) -> list[torch.Tensor]:
+    scene = BoxRooms().load(3, ViewRequest(2, (28, 28), 0))
+    inputs: dict[str, Any] = recon_inputs(scene.images / 255, model.config, "cpu")
+    (found,) = model.eval()(**inputs).geometry
+    model.train()
+    return [found.local_points, found.cam_to_world, found.normals]
 
 
 def test_scenes_without_depth_teach_nothing() -> None:

@@ -77,7 +77,7 @@ def process(rank: int, ports: dict[str, int], folder: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with engines.engine(name, "cpu") as engine:
             for kind, chosen in CONFIGS.items():
-                trainer, model = chat_trainer(chosen, engine)
+                trainer, model = chat_trainer(chosen, engine=engine)
                 for title, step in STEPS.items():
                     batch = pack(samples(step[rank], rank), filling(step))
                     found[f"{name}/{kind}/{title}"] = gradients(trainer, model, chosen, batch)

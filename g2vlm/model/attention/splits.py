@@ -9,6 +9,8 @@ same sample and
 `causal`, `full` and `noise` are the modes of the released code; `frame` is a full split that the other frames of its
 sample do not see, for frame-wise attention.
 
+With `geometry_alone`, geometry tokens see, of these keys, only those of geometry tokens.
+
 A layout may continue what a cache holds. The keys are then the cached ones followed by the layout's own tokens.
 """
 
@@ -42,10 +44,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Seen:
-    """Keys of one sample: those that its next split sees, and those that its next frame sees; sorted and disjoint."""
+    """Keys of one sample: those that its next split sees, those that its next frame sees, and those of its geometry.
+
+    Each is sorted and disjoint.
+    """
 
     everything: tuple[Range, ...] = ()
     but_frames: tuple[Range, ...] = ()
+    geometry: tuple[Range, ...] = ()
 
     def by(self, mode: Mode) -> tuple[Range, ...]:
         """What a split of this mode sees of them."""
@@ -79,12 +85,14 @@ class SplitLayout:
         geometry: ranges of geometry tokens in sequence order, disjoint and increasing.
         num_cached: number of keys in the cache that this layout continues.
         cached: per sample, which of those keys are its own; empty when there is no cache.
+        geometry_alone: geometry tokens see geometry tokens only.
     """
 
     splits: tuple[Split, ...]
     geometry: tuple[Range, ...] = ()
     num_cached: int = 0
     cached: tuple[Seen, ...] = ()
+    geometry_alone: bool = False
 
     def __post_init__(self) -> None:
         _check_order("splits", [(split.start, split.stop) for split in self.splits], contiguous=True)
@@ -117,7 +125,9 @@ class SplitLayout:
         for sample in range(num_samples):
             context, earlier = contexts.get(sample, _Context()), self._cached(sample)
             everything = self._keys(earlier.everything, context.everything)
-            found.append(Seen(everything, self._keys(earlier.but_frames, context.but_frames)))
+            but_frames = self._keys(earlier.but_frames, context.but_frames)
+            geometry = [*earlier.geometry, *self._geometry_keys(context.everything)]
+            found.append(Seen(everything, but_frames, tuple(merge_touching(geometry))))
         return tuple(found)
 
     def _walk(self) -> Iterator[tuple[Split, _Context]]:
@@ -133,16 +143,28 @@ class SplitLayout:
 
     def _blocks(self, split: Split, earlier: list[Range]) -> list[Block]:
         """The blocks of one split. A causal split is cut into runs of one expert; that does not change what is seen."""
-        cached = self._cached(split.sample).by(split.mode)
         if split.mode != "causal":
-            keys = self._keys(cached, [*earlier, (split.start, split.stop)])
-            return [Block(part, keys, False) for part in self._place((split.start, split.stop))]
+            span = (split.start, split.stop)
+            queries = zip(self.experts(span), (True, False), strict=True)
+            return [
+                Block(part, self._seen_by(split, [*earlier, span], geometry), False)
+                for part, geometry in queries
+                if length(part)
+            ]
         blocks = []
         for start, stop, geometry in self._runs(split):
             seen = merge_touching([*earlier, (split.start, stop)])
-            (query,) = self._place((start, stop))
-            blocks.append(Block(query, self._keys(cached, seen, geometry), True))
+            (query,) = (part for part in self.experts((start, stop)) if length(part))
+            blocks.append(Block(query, self._seen_by(split, seen, geometry), True))
         return blocks
+
+    def _seen_by(self, split: Split, seen: Iterable[Range], geometry: bool) -> tuple[Range, ...]:
+        """The keys of a split's geometry or semantic tokens, which see these sequence ranges and what is cached."""
+        cached = self._cached(split.sample)
+        if geometry and self.geometry_alone:
+            own = overlap(cached.by(split.mode), cached.geometry)
+            return tuple(merge_touching([*own, *self._geometry_keys(seen)]))
+        return self._keys(cached.by(split.mode), seen, geometry and split.mode == "causal")
 
     def _runs(self, split: Split) -> list[tuple[int, int, bool]]:
         """`(start, stop, is geometry)` runs of one expert inside a split."""
@@ -173,16 +195,16 @@ class SplitLayout:
         offset = self.num_geometry
         return (first, last), (offset + span[0] - first, offset + span[1] - last)
 
-    def _place(self, span: Range) -> list[Range]:
-        """The non-empty expert-layout ranges of a sequence range."""
-        return [part for part in self.experts(span) if length(part)]
-
     def _keys(self, cached: Iterable[Range], seen: Iterable[Range], geometry_last: bool = False) -> tuple[Range, ...]:
         """Cached keys and those of sequence ranges: geometry then semantic, or the reverse for causal geometry."""
         parts = [[self._key(part) for part in self.experts(span)] for span in seen]
         geometry, semantic = ([pair[expert] for pair in parts if length(pair[expert])] for expert in (0, 1))
         own = [*semantic, *geometry] if geometry_last else [*geometry, *semantic]
         return tuple(merge_touching([*cached, *own]))
+
+    def _geometry_keys(self, seen: Iterable[Range]) -> list[Range]:
+        """Those of the geometry tokens in sequence ranges."""
+        return [self._key(part) for part, _ in map(self.experts, seen) if length(part)]
 
     def _key(self, span: Range) -> Range:
         return span[0] + self.num_cached, span[1] + self.num_cached
@@ -197,6 +219,12 @@ def merge_touching(ranges: Iterable[Range]) -> list[Range]:
         else:
             merged.append(span)
     return merged
+
+
+def overlap(first: Iterable[Range], second: Sequence[Range]) -> list[Range]:
+    """What two lists of sorted, disjoint ranges have in common."""
+    pairs = ((max(a[0], b[0]), min(a[1], b[1])) for a in first for b in second)
+    return [span for span in pairs if span[0] < span[1]]
 
 
 def _merge_blocks(blocks: Sequence[Block]) -> tuple[Block, ...]:
