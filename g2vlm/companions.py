@@ -10,7 +10,7 @@ from g2vlm.config import EMBEDDED_TOKENS, G2VLMConfig, VisionTowerConfig
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.processor import G2VLMProcessor, processor_fields
 from g2vlm.prompts import EMBEDDED, ChatTokenizer
-from g2vlm.semantic_images import SemanticRule
+from g2vlm.semantic_images import MIN_PIXELS, SemanticRule
 from g2vlm.weights import read_json
 
 PROCESSOR = "processor_config.json"
@@ -65,8 +65,8 @@ def processor_config(config: G2VLMConfig, rule: SemanticRule) -> dict[str, Any]:
 
 
 def preset_rule(config: G2VLMConfig) -> SemanticRule:
-    """Image size of the presets: the aspect ratio kept, at most the area of a square twice as wide as the views."""
-    return SemanticRule.native(max_pixels=(2 * config.view_width) ** 2).for_tower(config.semantic_encoder)
+    """Image size of the presets: the aspect ratio kept, at most the area of a square as wide as the views."""
+    return SemanticRule.native(max_pixels=max(config.view_width**2, MIN_PIXELS)).for_tower(config.semantic_encoder)
 
 
 def released_rule(folder: Path) -> SemanticRule:

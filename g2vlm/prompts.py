@@ -16,6 +16,8 @@ from g2vlm.errors import CheckpointError, InputError
 from g2vlm.sequence import GeometryViews, Segment, SemanticImage, SemanticVideo, SpecialIds, Text
 
 SYSTEM = "You are a helpful assistant."
+USER = "\n<|im_start|>user\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant"
 RECON_PROMPT = "Reconstruct the 3D scene."
 SPECIAL_TOKENS = {
     "bos": "<|im_start|>",
@@ -131,18 +133,23 @@ def chat_segments(tokenizer: ChatTokenizer, parts: Sequence[Part], answer: str |
         parts: text, geometry views, semantic images and videos of the user's turn.
         answer: what the model should say; None if it is to be asked.
     """
-    turn: list[Part] = [
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n",
-        *parts,
-        "<|im_end|>\n<|im_start|>assistant",
-    ]
-    segments = [Text(tokenizer.encode(part)) if isinstance(part, str) else part for part in turn if part != ""]
-    return [*segments, Text(tokenizer.encode(f"\n{answer or ''}"), supervised=answer is not None)]
+    return _turn(tokenizer, f"<|im_start|>system\n{SYSTEM}<|im_end|>{USER}", parts, answer)
+
+
+def later_segments(tokenizer: ChatTokenizer, parts: Sequence[Part], answer: str | None = None) -> list[Segment]:
+    """A further question, after the eos of the answer before it (Qwen's chat template); arguments as above."""
+    return _turn(tokenizer, USER, parts, answer)
 
 
 def next_turn(tokenizer: ChatTokenizer, answer: Sequence[int]) -> list[Segment]:
     """What follows the newline after "assistant" up to the user's next words: an answer, its end, the user's header."""
-    return [Text((*answer, *tokenizer.encode("<|im_end|>\n<|im_start|>user\n")))]
+    return [Text((*answer, tokenizer.ids.eos, *tokenizer.encode(USER)))]
+
+
+def _turn(tokenizer: ChatTokenizer, header: str, parts: Sequence[Part], answer: str | None) -> list[Segment]:
+    turn = [header, *parts, ASSISTANT]
+    segments = [Text(tokenizer.encode(part)) if isinstance(part, str) else part for part in turn if part != ""]
+    return [*segments, Text(tokenizer.encode(f"\n{answer or ''}"), supervised=answer is not None)]
 
 
 def place_images(question: str, images: Sequence[Placed]) -> list[str | Placed]:

@@ -14,7 +14,6 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from g2vlm.errors import InputError
-from g2vlm.prompts import RECON_PROMPT
 from g2vlm.semantic_images import SemanticRule
 from geometry import GeometryLossWeights
 
@@ -98,16 +97,18 @@ class ChatConfig:
         tokens_per_pack: most tokens of a process in a step; what stands in for absent images comes on top.
         view_size: height and width of all views of the geometry encoder, multiples of 14.
         images: how large the semantic encoder sees an image: squash: side of the square that it is first stretched to
-            (768 in the release; null keeps the aspect ratio); min_pixels and max_pixels: limits of its area.
-        views_prompt: the sentence before the views (released joint training); the model's processor says it too.
+            (768 in the release; null keeps the aspect ratio); min_pixels and max_pixels: limits of its area. By default
+            as the processor of the model says.
+        views_prompt: the sentence before the views; by default the processor's. What is given here is written into the
+            processor of the trained model.
     """
 
     sources: tuple[ChatSourceConfig, ...]
     validation: tuple[ChatSourceConfig, ...] = ()
     tokens_per_pack: int = 40_960
     view_size: tuple[int, int] = (518, 518)
-    images: SemanticRule = field(default_factory=SemanticRule.official)
-    views_prompt: str = RECON_PROMPT
+    images: SemanticRule | None = None
+    views_prompt: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any, Protocol, cast
 
 from torch.utils.data import Dataset
 
-from g2vlm.companions import PROCESSOR, has_tokenizer
-from g2vlm.config import EMBEDDED_TOKENS, G2VLMConfig
+from g2vlm.chat_model import processor_of
+from g2vlm.companions import PROCESSOR
+from g2vlm.config import G2VLMConfig
 from g2vlm.data.batch import SceneBatch
 from g2vlm.data.chat.batch import ChatBatch, chat_inputs, collate_chats
 from g2vlm.data.chat.layout import ChatLayout
@@ -19,7 +20,6 @@ from g2vlm.data.transforms import augment_colours
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError, TooManyBadFiles
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
-from g2vlm.prompts import ChatTokenizer
 from g2vlm.sequence import GeometryAttention
 from g2vlm.weights import read_json
 from train.config import DataConfig, RunConfig
@@ -227,19 +227,10 @@ def build_stream(
     """The stream of packs of a run; errors as in `build_feed`."""
     chat = config.data.chat
     assert chat is not None
-    layout = ChatLayout(tokenizer_of(model.config), model.config, chat.images, chat.views_prompt)
+    processor = processor_of(model.config)
+    rule = processor.rule if chat.images is None else chat.images
+    prompt = processor.views_prompt if chat.views_prompt is None else chat.views_prompt
+    layout = ChatLayout(processor.chat, model.config, rule, prompt)
     layout.views(1, chat.view_size)
     apart = model.geometry_encoder.keeps_images_apart
     return PackStream(mixture, layout, seed, chat.tokens_per_pack, chat.view_size, scenes_alone=not apart)
-
-
-def tokenizer_of(config: G2VLMConfig) -> ChatTokenizer:
-    """The tokenizer of the folder that a model was loaded from; the embedded one for models that speak its vocabulary.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    folder = Path(config.name_or_path or "")
-    if config.tokens == EMBEDDED_TOKENS and not (config.name_or_path and has_tokenizer(folder)):
-        return ChatTokenizer.embedded()
-    return ChatTokenizer.open(folder)

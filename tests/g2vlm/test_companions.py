@@ -33,7 +33,7 @@ def test_a_preset_is_saved_with_the_embedded_tokenizer(tiny_weights: Path) -> No
         assert (tiny_weights / file.name).read_bytes() == file.read_bytes()
     processor = AutoProcessor.from_pretrained(tiny_weights)
     assert isinstance(processor, G2VLMProcessor)
-    assert processor.rule == SemanticRule.native(max_pixels=168 * 168)
+    assert processor.rule == SemanticRule.native(max_pixels=84 * 84)
     assert processor.view_width == read_config(tiny_weights).view_width == 84
 
 

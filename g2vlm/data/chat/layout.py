@@ -1,7 +1,6 @@
 """From a conversation to the segments of a sequence, and how many tokens they have.
 
-One question is laid out as `chat_segments` does; a scene stands in front of the user's first words. A further turn
-follows the end-of-turn token of the answer before it, as in Qwen's chat template.
+Turns are laid out as in `g2vlm.prompts`; a scene stands in front of the user's first words.
 """
 
 from collections.abc import Sequence
@@ -10,12 +9,9 @@ from dataclasses import dataclass
 from g2vlm.config import G2VLMConfig
 from g2vlm.data.chat.types import ChatShape, ImageAt, Size, Turn
 from g2vlm.errors import InputError
-from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, Part, chat_segments
+from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, Part, chat_segments, later_segments
 from g2vlm.semantic_images import SemanticRule, semantic_grid
-from g2vlm.sequence import GeometryViews, Segment, SemanticImage, Text, segment_length
-
-USER = "\n<|im_start|>user\n"
-ASSISTANT = "<|im_end|>\n<|im_start|>assistant"
+from g2vlm.sequence import GeometryViews, Segment, SemanticImage, segment_length
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,7 @@ class ChatLayout:
         scene: list[Part] = [self.views_prompt, self.views(shape.num_views, shape.view_size)] if shape.num_views else []
         segments = chat_segments(self.tokenizer, [*scene, *_shown(first, images)], first.answer)
         for turn in later:
-            parts = [USER, *_shown(turn, images), ASSISTANT]
-            segments += [Text(self.tokenizer.encode(part)) if isinstance(part, str) else part for part in parts if part]
-            segments.append(Text(self.tokenizer.encode(f"\n{turn.answer}"), supervised=True))
+            segments += later_segments(self.tokenizer, _shown(turn, images), turn.answer)
         return segments
 
     def views(self, num_views: int, size: Size) -> GeometryViews:

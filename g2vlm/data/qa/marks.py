@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from g2vlm.data.qa.question import Mark
 
 RED, RIM = (255, 0, 0), (255, 255, 255)
-RADIUS = 0.022  # of a dot, as a share of the image's shorter side
+RADIUS = 0.036  # of a dot, as a share of the image's shorter side
 FINE = 8  # times finer than pixels a dot is drawn before it is averaged
 
 

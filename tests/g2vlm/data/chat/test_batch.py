@@ -7,8 +7,8 @@ from g2vlm.data.chat.types import ChatSample, ImageAt, Turn
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processing import sequence_builder
-from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, chat_segments
-from g2vlm.sequence import IGNORED, GeometryViews, SemanticImage, segment_length
+from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, chat_segments, next_turn
+from g2vlm.sequence import IGNORED, GeometryViews, SemanticImage, Text, segment_length
 from tests.train.chats import COLOURS, Colours, chat_config, layout
 
 TOKENIZER = ChatTokenizer.embedded()
@@ -46,6 +46,15 @@ def test_every_answer_of_a_conversation_is_learned() -> None:
     assert batch.sequence.num_tokens == layout().num_tokens(sample.shape)
     ids = TOKENIZER.tokenizer.decode(batch.sequence.semantic_ids.tolist(), skip_special_tokens=False)
     assert "<|im_start|>assistant\nred<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes" in ids
+
+
+def test_a_further_turn_is_learned_as_it_is_asked() -> None:
+    """The ids of a conversation that is trained on are those that asking, answering and asking again gives."""
+    sample = ChatSample(("How many?",), "two", later=(Turn(("Sure?",), "yes"),))
+    first, second = (chat_segments(TOKENIZER, [text]) for text in ("How many?", "Sure?"))
+    asked = [*first, *next_turn(TOKENIZER, TOKENIZER.encode("two")), *second[1:], Text(TOKENIZER.encode("yes"))]
+    trained, said = (sequence_builder(chat_config()).build([s]) for s in (layout().segments(sample.shape), asked))
+    assert trained.semantic_ids.tolist() == [*said.semantic_ids.tolist(), TOKENIZER.ids.eos]
 
 
 def test_pixels_are_in_the_order_of_the_sequence() -> None:

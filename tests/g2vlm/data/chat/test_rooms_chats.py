@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -29,3 +31,43 @@ def test_rooms_give_views_with_depth_and_a_question() -> None:
     assert counts <= {2, 3}
     with pytest.raises(InputError, match="did you mean split"):
         build_chat_source("rooms_qa", None, (56, 56), splt="train")
+
+
+def test_questions_about_a_room_are_one_conversation() -> None:
+    """In random order, of different tasks; the mark of the one that speaks of it is in the images."""
+    source = build_chat_source("rooms_qa", None, (56, 56), questions=6)
+    asked = []
+    for index in range(6):
+        sample = source.load(index, index)
+        asked.append(1 + len(sample.later))
+        texts = [str(part) for turn in (sample, *sample.later) for part in turn.parts if isinstance(part, str)]
+        assert len(texts) == len(set(texts)) == asked[-1]
+        assert all(turn.answer for turn in sample.later)
+        assert layout().num_tokens(sample.shape) <= layout().num_tokens(source.shape(index, index))
+        speaks, red = ["marked in red" in text for text in texts], num_red(sample.images)
+        assert sum(speaks) <= 1
+        assert (red == 1) == any(speaks)
+    assert max(asked) > 3
+
+
+def num_red(images: Sequence[np.ndarray]) -> int:
+    """Images with a pixel of the marks' colour."""
+    return sum(bool((image == (255, 0, 0)).all(-1).any()) for image in images)
+
+
+def test_a_blind_model_sees_grey() -> None:
+    shown, blank = (build_chat_source("rooms_qa", None, (56, 56), questions=4, blank=blank) for blank in (False, True))
+    for index in range(3):
+        seen, blind = shown.load(index, index), blank.load(index, index)
+        assert (seen.parts, seen.answer, seen.later) == (blind.parts, blind.answer, blind.later)
+        assert blind.scene is not None
+        assert {*np.unique(blind.images), *blind.scene.images.unique().tolist()} == {128}
+        assert seen.shape == blind.shape
+
+
+def test_rooms_without_the_geometry_encoder() -> None:
+    source = build_chat_source("rooms_qa", None, (56, 56), geometry=False)
+    sample = source.load(0, 0)
+    assert sample.scene is None
+    assert sample.shape.num_views == source.shape(0, 0).num_views == 0
+    assert len(sample.images) == len(source.shape(0, 0).image_sizes)
