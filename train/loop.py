@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from g2vlm.checkpoint import load_model
@@ -212,6 +213,7 @@ class Run:
         set_learning_rate(self.trainer.optimizer, rate)
         spike = self.config.guards.spike if step >= self.config.schedule.warmup else None
         batch = loaded.batch.to(self.trainer.engine.device)
+        seed_generators(runtime.seed, step, self.trainer.engine.rank)
         result = self.trainer.step(self.data.inputs(batch, step), batch, spike, asked, len(loaded.bad))
         self.done, self.place = step + 1, loaded.end
         self.log.step(self.done, {
@@ -257,6 +259,11 @@ class Run:
                 write_model(staging, weights, self.model)
                 self.data.write_files(staging)
             log.info("model in %s", self.folder / "model")
+
+
+def seed_generators(seed: int, step: int, rank: int) -> None:
+    """What a step draws (dropout) follows from its number, so that no checkpoint holds a generator."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def build_objectives(config: RunConfig) -> list[Objective]:

@@ -182,12 +182,12 @@ def save_state(
         engine: that wrapped the model.
         model: the model itself, not what `wrap` returned.
         optimizer: over its parameters.
-        rest: JSON types; the generators' states are added.
+        rest: JSON types.
         write_files: completes a folder that holds the model.
     """
     weights = model_state(engine, model)
     moments = optimizer_state(engine, model, optimizer)
-    state = {**rest, "schema": SCHEMA, "step": step, "random": random_state()}
+    state = {**rest, "schema": SCHEMA, "step": step}
 
     def fill(folder: Path) -> None:
         write_model(folder, weights, model)
@@ -216,7 +216,7 @@ def _on_first_rank(engine: Engine, write: Callable[[], None]) -> None:
 def load_state(
     folder: Path, engine: Engine, model: G2VLMForConditionalGeneration, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put a verified checkpoint into the model, the optimizer and the generators; returns the rest of the state.
+    """Put a verified checkpoint into the model and the optimizer; returns the rest of the state.
 
     Raises:
         CheckpointError: it was made by another model, or trained other groups.
@@ -239,9 +239,7 @@ def load_state(
         parameter = parameters[name]
         like = tensor if tensor.dim() == 0 else parameter
         optimizer.state[parameter][key] = engine.part(tensor, like)
-    state = read_json(folder / STATE)
-    restore_random(state["random"])
-    return state
+    return read_json(folder / STATE)
 
 
 def _same_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
@@ -279,22 +277,3 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], model: G2VLMForCond
 def _share(file: Path, folder: Path) -> None:
     """Give a file of safetensors, which makes them for their owner alone, the mode of the folder's other files."""
     file.chmod((folder / "config.json").stat().st_mode)
-
-
-def random_state() -> dict[str, str]:
-    """The states of torch's generators as hexadecimal text; everything else random is drawn from the step number."""
-    states = {"cpu": bytes(torch.get_rng_state().numpy()).hex()}
-    if torch.cuda.is_available():
-        states["cuda"] = bytes(torch.cuda.get_rng_state().numpy()).hex()
-    return states
-
-
-def restore_random(states: Mapping[str, str]) -> None:
-    """From what `random_state` gave; a state for a device that is absent is passed over."""
-    torch.set_rng_state(_bytes(states["cpu"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(states["cuda"]))
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
