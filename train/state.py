@@ -244,8 +244,7 @@ def load_state(
 def _load_model(folder: Path, engine: Engine, model: nn.Module) -> None:
     """Copy all tensors into the model, but those that adapters are added to: they are there, and must fit."""
     stored = load_file(folder / MODEL)
-    if (folder / ADAPTERS).is_file():
-        stored |= load_file(folder / ADAPTERS)
+    stored |= load_file(folder / ADAPTERS) if (folder / ADAPTERS).is_file() else {}
     own = dict(model.state_dict())
     _same_names(folder / MODEL, stored, map(plain_name, own))
     with torch.no_grad():
@@ -261,8 +260,7 @@ def _same_start(folder: Path, stored: Mapping[str, Tensor], merged: Mapping[str,
     differ = [name for name in merged if not torch.allclose(stored[name], merged[name], rtol=1e-5, atol=1e-6)]
     if differ:
         why = f"its adapters were trained on another model: {differ[0]} differs"
-        fix = "resume with the model and the lora.alpha that the run was started with"
-        raise CheckpointError(f"cannot resume from {folder}", why, fix)
+        raise CheckpointError(f"cannot resume from {folder}", why, "use the model and the lora.alpha of its start")
 
 
 def _same_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:

@@ -80,6 +80,16 @@ def test_new_adapters_change_nothing() -> None:
 
 
 @needs_peft
+def test_new_adapters_follow_from_the_seed() -> None:
+    one, same = (starting_model(lora_run()).state_dict() for _ in range(2))
+    config = lora_run()
+    other = starting_model(replace(config, runtime=replace(config.runtime, seed=1))).state_dict()
+    adapters = [name for name in one if ".lora_A." in name]
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in adapters)
+
+
+@needs_peft
 @pytest.mark.parametrize("trainable", [SEMANTIC, GEOMETRIC, BOTH, {**CE, "geometry_heads": 1.0, "projection": 1.0}])
 def test_only_adapters_and_the_named_groups_train(trainable: dict[str, float]) -> None:
     """Everything else keeps its bits and has no gradient; a group's multiplier is that of its adapters."""
@@ -210,6 +220,8 @@ def test_the_adapter_opens_in_peft(finished: Path) -> None:
     peft: Any = importlib.import_module("peft")
     wrapped = peft.PeftModel.from_pretrained(starting_model(chat_run()), str(finished / "adapter"))
     assert torch.equal(answers(wrapped, questions()), answers(trained(finished), questions()))
+    names = load_file(finished / "adapter/adapter_model.safetensors").keys()
+    assert names == peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     assert {file.name for file in (finished / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
