@@ -56,6 +56,26 @@ class ObjectivesConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: experts learn through small matrices added to their projections (extra `lora`).
+
+    Args:
+        experts: semantic, geometric, or both. The expert's own weights stay as they are, its norms too; `trainable`
+            must name its group, whose multiplier is that of the adapters.
+        rank: inner width of an adapter.
+        alpha: an adapter counts alpha / rank times.
+        dropout: of an adapter's input.
+        modules: projections that get one.
+    """
+
+    experts: tuple[str, ...] = ("semantic",)
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """Where scenes come from.
 
@@ -242,6 +262,7 @@ class RunConfig:
         trainable: group of parameters -> multiplier of its learning rate; an absent group is frozen. Groups:
             geometry_encoder, projection, geometric_expert, semantic_expert, embeddings, lm_head, geometry_heads,
             semantic_encoder.
+        lora: adapters in place of the weights of the experts that it names; null: none.
         objectives: what is minimised.
         data: what a step sees.
         schedule: learning rate over the run.
@@ -259,6 +280,7 @@ class RunConfig:
             "geometry_heads": 1.0,
         }
     )
+    lora: AdapterConfig | None = None
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

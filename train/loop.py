@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from g2vlm.checkpoint import load_model
-from g2vlm.config import PRESETS, G2VLMConfig
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError, Stopped, TrainingAborted
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -25,61 +24,19 @@ from train.engine import Engine
 from train.feed import VALIDATION_SEED, Feed, build_feed
 from train.loader import LoadedBatch
 from train.log import Console, RunLog, write_run
+from train.lora import split, write_adapters
 from train.objectives.geometry import GeometryObjective
 from train.objectives.language import LanguageObjective
 from train.objectives.report import Objective
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.packing import ChatMixture
 from train.pictures import save_picture
+from train.start import starting_model
 from train.state import STATE, Checkpoints, load_state, model_state, save_state, write_model
 from train.step import Guard, Trainer
 from train.trainable import checkpoint_activations, set_trainable
 
 log = logging.getLogger(__name__)
-
-
-def build_model(model: str | dict[str, Any], seed: int) -> G2VLMForConditionalGeneration:
-    """The float32 model that a run starts from.
-
-    Args:
-        model: a preset, a checkpoint folder, or {preset: name, key: value, part: {key: value}}.
-        seed: of random weights.
-
-    Raises:
-        InputError: unknown preset or config key.
-        CheckpointError: the folder is unusable.
-    """
-    if isinstance(model, str):
-        return load_model(model, dtype=torch.float32, seed=seed).train()
-    config = preset_with(dict(model))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return G2VLMForConditionalGeneration(config).train()
-
-
-def preset_with(overrides: dict[str, Any]) -> G2VLMConfig:
-    """A preset with some of its values replaced, those of its parts one by one."""
-    name = overrides.pop("preset", "tiny")
-    if name not in PRESETS:
-        raise InputError(f"no preset {name}", f"presets: {', '.join(PRESETS)}", "correct model.preset")
-    preset = PRESETS[name]()
-    try:
-        values = {
-            key: _part_with(key, getattr(preset, key), value) if isinstance(value, dict) else value
-            for key, value in overrides.items()
-        }
-        return PRESETS[name](**values)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError("unusable model config", str(error), "see g2vlm/config.py for the keys of a model") from None
-
-
-def _part_with(name: str, part: Any, overrides: dict[str, Any]) -> Any:
-    for key, value in overrides.items():
-        known = getattr(part, key)
-        accepted = {float: (int, float), tuple: (list, tuple)}.get(type(known), type(known))
-        if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(known, bool):
-            raise TypeError(f"{name}.{key} is {value!r}, and should be of the kind of {known!r}")
-    return replace(part, **overrides)
 
 
 def train(
@@ -162,7 +119,7 @@ class Run:
         """Build everything; go on from the newest checkpoint when `runtime.resume` says so."""
         runtime = config.runtime
         torch.manual_seed(runtime.seed)
-        model = build_model(config.model, runtime.seed)
+        model = starting_model(config)
         trained = set_trainable(model, config.trainable)
         if runtime.gradient_checkpointing:
             checkpoint_activations(model)
@@ -183,7 +140,7 @@ class Run:
                    RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done, place)  # fmt: skip
 
     def train(self, asked: threading.Event) -> None:
-        """All remaining steps, then the finished model in `model/`."""
+        """All remaining steps, then the finished model."""
         runtime = self.config.runtime
         console = Console(runtime.steps, runtime.log_every, self.data.unit)
         loaded = self.data.batches(range(self.done, runtime.steps), self.place, runtime.workers)
@@ -212,6 +169,7 @@ class Run:
         set_learning_rate(self.trainer.optimizer, rate)
         spike = self.config.guards.spike if step >= self.config.schedule.warmup else None
         batch = loaded.batch.to(self.trainer.engine.device)
+        seed_generators(runtime.seed, step, self.trainer.engine.rank)
         result = self.trainer.step(self.data.inputs(batch, step), batch, spike, asked, len(loaded.bad))
         self.done, self.place = step + 1, loaded.end
         self.log.step(self.done, {
@@ -250,13 +208,21 @@ class Run:
         save_state(self.checkpoints, self.done, self.trainer.engine, self.model, self.trainer.optimizer, rest, files)
 
     def export(self) -> None:
-        """The model alone, in `model/`."""
-        weights = model_state(self.trainer.engine, self.model)
+        """The model alone, in `model/`; what adapters it has, also in `adapter/`."""
+        weights, adapters = split(self.model, model_state(self.trainer.engine, self.model))
         if self.trainer.engine.rank == 0:
             with staged_folder(self.folder / "model", overwrite=True) as staging:
                 write_model(staging, weights, self.model)
                 self.data.write_files(staging)
             log.info("model in %s", self.folder / "model")
+        if self.trainer.engine.rank == 0 and adapters:
+            with staged_folder(self.folder / "adapter", overwrite=True) as staging:
+                write_adapters(staging, self.model, adapters)
+
+
+def seed_generators(seed: int, step: int, rank: int) -> None:
+    """What a step draws (dropout) follows from its number, so that no checkpoint holds a generator."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def build_objectives(config: RunConfig) -> list[Objective]:

@@ -2,7 +2,8 @@
 
 A checkpoint folder holds a model in our layout (model.safetensors, config.json: `g2vlm.load` reads it), the optimizer
 (optimizer.safetensors), the rest of the state (state.json) and, written last, manifest.json with the size and SHA-256
-of each file. It is written under a hidden name, synced to disk, and renamed once.
+of each file. With LoRA the model has the adapters merged into it, and adapters.safetensors holds them: what they are
+added to is the model that the run starts from. It is written under a hidden name, synced to disk, and renamed once.
 """
 
 import hashlib
@@ -24,8 +25,10 @@ from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import write_errors
 from g2vlm.weights import read_json, sha256
 from train.engine import Engine
+from train.lora import is_adapted, plain_name, split
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+ADAPTERS = "adapters.safetensors"
 SCHEMA = 1
 
 
@@ -182,18 +185,19 @@ def save_state(
         engine: that wrapped the model.
         model: the model itself, not what `wrap` returned.
         optimizer: over its parameters.
-        rest: JSON types; the generators' states are added.
+        rest: JSON types.
         write_files: completes a folder that holds the model.
     """
-    weights = model_state(engine, model)
-    moments = optimizer_state(engine, model, optimizer)
-    state = {**rest, "schema": SCHEMA, "step": step, "random": random_state()}
+    weights, adapters = split(model, model_state(engine, model))
+    files = {OPTIMIZER: optimizer_state(engine, model, optimizer), **({ADAPTERS: adapters} if adapters else {})}
+    state = {**rest, "schema": SCHEMA, "step": step}
 
     def fill(folder: Path) -> None:
         write_model(folder, weights, model)
         write_files(folder)
-        save_file(moments, folder / OPTIMIZER, metadata={"format": "pt"})
-        _share(folder / OPTIMIZER, folder)
+        for name, tensors in files.items():
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            _share(folder / name, folder)
         (folder / STATE).write_text(_json(state), encoding="utf-8")
 
     _on_first_rank(engine, lambda: checkpoints.write(step, fill))
@@ -216,17 +220,12 @@ def _on_first_rank(engine: Engine, write: Callable[[], None]) -> None:
 def load_state(
     folder: Path, engine: Engine, model: G2VLMForConditionalGeneration, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Put a verified checkpoint into the model, the optimizer and the generators; returns the rest of the state.
+    """Put a verified checkpoint into the model and the optimizer; returns the rest of the state.
 
     Raises:
         CheckpointError: it was made by another model, or trained other groups.
     """
-    weights = load_file(folder / MODEL)
-    own = dict(model.state_dict())
-    _same_names(folder / MODEL, weights, own)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(engine.part(weights[name], tensor))
+    _load_model(folder, engine, model)
     moments = load_file(folder / OPTIMIZER)
     parameters = dict(model.named_parameters())
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -239,9 +238,29 @@ def load_state(
         parameter = parameters[name]
         like = tensor if tensor.dim() == 0 else parameter
         optimizer.state[parameter][key] = engine.part(tensor, like)
-    state = read_json(folder / STATE)
-    restore_random(state["random"])
-    return state
+    return read_json(folder / STATE)
+
+
+def _load_model(folder: Path, engine: Engine, model: nn.Module) -> None:
+    """Copy all tensors into the model, but those that adapters are added to: they are there, and must fit."""
+    stored = load_file(folder / MODEL)
+    stored |= load_file(folder / ADAPTERS) if (folder / ADAPTERS).is_file() else {}
+    own = dict(model.state_dict())
+    _same_names(folder / MODEL, stored, map(plain_name, own))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if not is_adapted(name):
+                tensor.copy_(engine.part(stored[name], tensor))
+    if any(map(is_adapted, own)):
+        _same_start(folder, stored, split(model, model_state(engine, model))[0])
+
+
+def _same_start(folder: Path, stored: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
+    """Equal up to the rounding of another machine's products."""
+    differ = [name for name in merged if not torch.allclose(stored[name], merged[name], rtol=1e-5, atol=1e-6)]
+    if differ:
+        why = f"its adapters were trained on another model: {differ[0]} differs"
+        raise CheckpointError(f"cannot resume from {folder}", why, "use the model and the lora.alpha of its start")
 
 
 def _same_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
@@ -279,22 +298,3 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], model: G2VLMForCond
 def _share(file: Path, folder: Path) -> None:
     """Give a file of safetensors, which makes them for their owner alone, the mode of the folder's other files."""
     file.chmod((folder / "config.json").stat().st_mode)
-
-
-def random_state() -> dict[str, str]:
-    """The states of torch's generators as hexadecimal text; everything else random is drawn from the step number."""
-    states = {"cpu": bytes(torch.get_rng_state().numpy()).hex()}
-    if torch.cuda.is_available():
-        states["cuda"] = bytes(torch.cuda.get_rng_state().numpy()).hex()
-    return states
-
-
-def restore_random(states: Mapping[str, str]) -> None:
-    """From what `random_state` gave; a state for a device that is absent is passed over."""
-    torch.set_rng_state(_bytes(states["cpu"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(states["cuda"]))
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from g2vlm.errors import InputError
+from train.lora import is_adapter
 
 GROUPS = {
     "geometry_encoder": r"geometry_encoder\.",
@@ -35,13 +36,13 @@ def group_of(name: str) -> str:
 
 
 def set_trainable(model: nn.Module, multipliers: Mapping[str, float]) -> dict[str, list[str]]:
-    """Freeze every group that is absent or has multiplier 0, and train the others.
+    """Freeze every group that is absent or has multiplier 0, and train the others: an expert with adapters, by these.
 
     Returns:
         Group -> names of its trained parameters.
 
     Raises:
-        InputError: an unknown group, or one that this model has no parameters of.
+        InputError: an unknown group, one that this model has no parameters of, or adapters whose group is frozen.
     """
     for group in multipliers:
         if group not in GROUPS:
@@ -49,9 +50,16 @@ def set_trainable(model: nn.Module, multipliers: Mapping[str, float]) -> dict[st
             fix = f"did you mean {near[0]}?" if near else f"groups: {', '.join(GROUPS)}"
             raise InputError(f"unknown group trainable.{group}", "no such parameters exist", fix)
     trained: dict[str, list[str]] = {group: [] for group, factor in multipliers.items() if factor > 0}
+    adapted = {group_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
+    for group in sorted(adapted - trained.keys()):
+        raise InputError(
+            f"lora adapts the {group}, and trainable freezes it", "adapters have the multiplier of their group",
+            f"add {group}: 1.0 to trainable, or take the expert out of lora.experts",
+        )  # fmt: skip
     for name, parameter in model.named_parameters():
         group = group_of(name)
-        parameter.requires_grad_(group in trained and name not in NEVER_TRAINED)
+        own = is_adapter(name) if group in adapted else name not in NEVER_TRAINED
+        parameter.requires_grad_(group in trained and own)
         if parameter.requires_grad:
             trained[group].append(name)
     empty = [group for group, names in trained.items() if not names]

@@ -35,6 +35,7 @@ from train.engine import Engine
 from train.loop import build_objectives
 from train.optim import build_optimizer
 from train.packing import ChatMixture, PackStream
+from train.start import starting_model
 from train.step import StepResult, Trainer
 from train.trainable import set_trainable
 
@@ -137,10 +138,9 @@ def chat_run(
 
 
 def chat_trainer(
-    config: RunConfig, model_config: G2VLMConfig | None = None, engine: Engine | None = None, lr: float = 1e-3
+    config: RunConfig, engine: Engine | None = None, lr: float = 1e-3
 ) -> tuple[Trainer, G2VLMForConditionalGeneration]:
-    torch.manual_seed(0)
-    model, engine = G2VLMForConditionalGeneration(model_config or chat_config()), engine or Engine(torch.device("cpu"))
+    model, engine = starting_model(config), engine or Engine(torch.device("cpu"))
     trained = set_trainable(model, config.trainable)
     wrapped = engine.wrap(model)
     optimizer = build_optimizer(model, trained, config.trainable, OptimConfig(lr=lr))

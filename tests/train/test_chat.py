@@ -16,7 +16,7 @@ from g2vlm.errors import InputError, TrainingAborted
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processing import recon_inputs
 from g2vlm.weights import read_json
-from tests.train.chats import CE, CE_CE, COLOURS, VG_CE, Colours, chat_config, chat_run, chat_steps, chat_trainer, pack
+from tests.train.chats import CE, CE_CE, COLOURS, VG_CE, Colours, chat_run, chat_steps, chat_trainer, pack
 from tests.train.scenes import BoxRooms
 from tests.train.test_state import equal_runs
 from train.config import GeometryConfig, RunConfig
@@ -94,7 +94,9 @@ def test_a_frozen_geometry_stream_keeps_nothing() -> None:
 def test_learning_to_answer_leaves_reconstructions_as_they_are(sees: str) -> None:
     """Bit for bit where views see only each other; words before them are the semantic expert's, which learns."""
     config = chat_run(trainable=CE)
-    trainer, model = chat_trainer(config, chat_config(geometry_sees=sees))
+    assert isinstance(config.model, dict)
+    config = replace(config, model={**config.model, "geometry_sees": sees})
+    trainer, model = chat_trainer(config)
     before = reconstruction(model)
     chat_steps(trainer, config, [pack([Colours().load(0, 0)])] * 2)
     same = [torch.equal(one, other) for one, other in zip(before, reconstruction(model), strict=True)]

@@ -1,6 +1,7 @@
 """Two gloo processes with packs of different contents against one with all of it."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch.multiprocessing as mp
 
 from g2vlm.data.chat.batch import Filling
 from g2vlm.data.chat.types import ChatSample
-from tests.train.chats import CE, EVERYTHING, Colours, chat_run, chat_steps, chat_trainer, pack
+from tests.train.chats import CE, CE_CE, EVERYTHING, Colours, chat_run, chat_steps, chat_trainer, pack
 from tests.train.test_ranks import ENGINES, WORLD, free_port
 from train import engine as engines
-from train.config import GeometryConfig, LanguageConfig, ObjectivesConfig, RunConfig
+from train.config import AdapterConfig, GeometryConfig, LanguageConfig, ObjectivesConfig, RunConfig
 
 SEEING, READING = Colours(views=2, pictures=1), Colours(views=0, pictures=0)
 STEPS: dict[str, tuple[list[Colours], list[Colours]]] = {
@@ -26,12 +27,13 @@ STEPS: dict[str, tuple[list[Colours], list[Colours]]] = {
 """What each rank's pack holds."""
 
 
-def config(reduction: Any, trainable: dict[str, float], geometry: bool) -> RunConfig:
+def config(reduction: Any, trainable: dict[str, float], geometry: bool, lora: AdapterConfig | None = None) -> RunConfig:
     plain = chat_run(trainable=trainable)
     weights = GeometryConfig(translation=10.0) if geometry else None
     return RunConfig(
         model=plain.model,
         trainable=plain.trainable,
+        lora=lora,
         objectives=ObjectivesConfig(weights, LanguageConfig(reduction=reduction)),
         data=plain.data,
     )
@@ -41,6 +43,8 @@ CONFIGS = {
     "everything": config("token", EVERYTHING, True),
     "answers": config("sample_sqrt", CE, False),
 }
+if find_spec("peft") is not None:
+    CONFIGS["adapters"] = config("token", CE_CE, True, AdapterConfig(("semantic", "geometric")))
 
 
 def samples(sources: list[Colours], rank: int) -> list[ChatSample]:
@@ -77,7 +81,7 @@ def process(rank: int, ports: dict[str, int], folder: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with engines.engine(name, "cpu") as engine:
             for kind, chosen in CONFIGS.items():
-                trainer, model = chat_trainer(chosen, engine=engine)
+                trainer, model = chat_trainer(chosen, engine)
                 for title, step in STEPS.items():
                     batch = pack(samples(step[rank], rank), filling(step))
                     found[f"{name}/{kind}/{title}"] = gradients(trainer, model, chosen, batch)

@@ -9,7 +9,7 @@ from g2vlm.data.rooms import RoomsSource, heldout_v1
 from g2vlm.errors import InputError
 from g2vlm.semantic_images import SemanticRule
 from train.config import RunConfig, load_config, parse, save_config
-from train.loop import preset_with
+from train.start import preset_with
 from train.trainable import GROUPS
 
 ROOT = Path(__file__).parents[2]
