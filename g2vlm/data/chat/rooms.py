@@ -1,12 +1,13 @@
 """Questions about rendered rooms: views of a room, and one question about what is in them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from g2vlm.data.chat.marks import UNITS, Mark, draw_marks
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
+from g2vlm.data.qa.showing import blank_views, shown_views
 from g2vlm.data.qa.source import RoomsQA
 from g2vlm.data.types import ViewRequest
 from g2vlm.errors import InputError
@@ -22,6 +23,7 @@ class RoomsChats:
         split, seed: as of `RoomsQA`.
         views: fewest and most views of a room.
         view_size: (H, W) of the views.
+        blank: both encoders get grey images, for a model that must answer without seeing.
         options: further arguments of `RoomsQA`.
     """
 
@@ -33,9 +35,10 @@ class RoomsChats:
         seed: int = 0,
         views: Sequence[int] = (2, 4),
         view_size: Sequence[int] = (84, 84),
+        blank: bool = False,
         **options: Any,
     ):
-        self.rooms = RoomsQA(split=split, seed=seed, **options)
+        self.rooms, self.blank = RoomsQA(split=split, seed=seed, **options), blank
         self.views, self.view_size = (views[0], views[1]), (view_size[0], view_size[1])
 
     def __len__(self) -> int:
@@ -57,11 +60,12 @@ class RoomsChats:
         if not asked.questions:
             raise InputError(f"no question about room {index}", f"with {self._request(seed).num_views} views", "")
         question, scene = asked.questions[0], asked.sample
-        images = [np.ascontiguousarray(image) for image in scene.images.permute(0, 2, 3, 1).numpy()]
-        marks = [Mark(mark.view, "red", (mark.x * UNITS, mark.y * UNITS)) for mark in question.marks]
-        parts = (*(ImageAt(i) for i in range(len(images))), question.prompt)
         name = f"{self.name}/{scene.scene}"
-        return ChatSample(parts, question.answer, draw_marks(images, marks), scene, name, question.task)
+        parts = (*(ImageAt(i) for i in range(scene.num_views)), question.prompt)
+        if self.blank:
+            scene, question = replace(scene, images=blank_views(scene.images)), replace(question, marks=())
+        images = tuple(shown_views(scene.images, question))
+        return ChatSample(parts, question.answer, images, scene, name, question.task)
 
     def _request(self, seed: int) -> ViewRequest:
         random = np.random.default_rng([seed, 1])
