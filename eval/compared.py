@@ -36,6 +36,7 @@ def _read(folder: Path, benchmark: Benchmark, limit: int | None) -> dict[str, fl
         raise InputError(f"cannot compare with  {folder}", why, "name a folder that eval/vqa.py wrote") from None
     asked = {question.id for question in benchmark.questions()[:limit]}
     if digest != benchmark.digest or set(scores) != asked:
-        why = f"it has {len(scores):,} questions of {record['protocol']['name']}, this run {len(asked):,} others"
+        own, these = f"{len(scores):,} of {record['protocol']['name']}", f"{len(asked):,} of {benchmark.name}"
+        why = f"its questions are others: {own}, not the {these}"
         raise InputError(f"cannot compare with  {folder}", why, "evaluate both on the same questions")
     return scores

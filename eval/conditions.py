@@ -66,6 +66,10 @@ class Conditions:
         seen = [from_memory(view) for view in views.permute(0, 2, 3, 1).numpy()]
         return look(chat, shown, [] if self.geometry == "off" else seen)
 
+    def sources(self, scenes: Sequence[str]) -> dict[str, str]:
+        """Whose views the geometry encoder gets of each scene; errors as in `donors`."""
+        return donors(scenes) if self.geometry == "shuffled" else dict(zip(scenes, scenes, strict=True))
+
     def key(self, question: Question) -> object:
         """Equal for questions about a scene that share a context."""
         return () if self.images == "blank" else question.marks
@@ -81,5 +85,5 @@ def donors(scenes: Sequence[str], seed: int = SHUFFLE_SEED) -> dict[str, str]:
     """
     if len(scenes) == 1:
         raise InputError("cannot shuffle one scene", "there is no other", "ask about more (--limit)")
-    order = [scenes[i] for i in np.random.default_rng(seed).permutation(len(scenes)).tolist()]
-    return dict(zip(order, [*order[1:], order[0]], strict=True))
+    order: list[int] = np.random.default_rng(seed).permutation(len(scenes)).tolist()
+    return {scenes[i]: scenes[j] for i, j in zip(order, [*order[1:], order[0]], strict=True)}

@@ -24,6 +24,7 @@ def vqa(args: Namespace) -> None:
     """Ask and score; write everything into the output folder; print the table."""
     require_positive("limit", args.limit)
     benchmark, conditions = find_benchmark(args.benchmark), Conditions(args.geometry, args.images)
+    conditions.sources([*benchmark.scenes(args.limit)])  # which is refused before anything is written
     output = output_folder(args.output, "vqa")
     compared = read_compared(args.compare, benchmark, args.limit)
     told = f"geometry {conditions.geometry}, images {conditions.images}"

@@ -15,7 +15,7 @@ GEOMETRY = {
     "off": "no geometry tokens",
     "shuffled": "the geometry encoder sees the views of another scene",
 }
-IMAGES = {"shown": "", "blank": "; every image is grey"}
+IMAGES = {"shown": "", "blank": "; every image and view is grey"}
 
 
 def table(record: Mapping[str, Any]) -> str:

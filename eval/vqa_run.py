@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from eval.benchmarks import Benchmark, find_benchmark
-from eval.conditions import Conditions, donors
+from eval.conditions import Conditions
 from eval.evaluate import PROGRESS_SECONDS, Skipped
 from eval.qa_scoring import is_of_form, score_reply
 from g2vlm.asking import Answer
@@ -142,27 +142,26 @@ class _Asker:
     Args:
         chat: the model.
         evaluation: what is evaluated, and how.
-        donors: whose views the geometry encoder sees of a scene.
+        sources: whose views the geometry encoder gets of a scene.
         options: how replies are generated.
     """
 
     chat: ChatModel
     evaluation: VqaEvaluation
-    donors: dict[str, str]
+    sources: dict[str, str]
     options: GenerationOptions
 
     @classmethod
     def of(cls, chat: ChatModel, evaluation: VqaEvaluation) -> "_Asker":
         scenes = [*evaluation.benchmark.scenes(evaluation.limit)]
-        shuffled = evaluation.conditions.geometry == "shuffled"
-        whose = donors(scenes) if shuffled else dict(zip(scenes, scenes, strict=True))
-        return cls(chat, evaluation, whose, GenerationOptions(max_new_tokens=evaluation.max_new_tokens))
+        options = GenerationOptions(max_new_tokens=evaluation.max_new_tokens)
+        return cls(chat, evaluation, evaluation.conditions.sources(scenes), options)
 
     def ask(self, scene: str, questions: Sequence[Question]) -> list[Reply | Skipped]:
         """A reply to each question, or why there is none, in order."""
         found: dict[str, Reply | Skipped] = {}
         try:
-            images, views = (self._images(name) for name in (scene, self.donors[scene]))
+            images, views = (self._images(name) for name in (scene, self.sources[scene]))
         except (InputError, OSError) as error:
             return [Skipped(question.id, _reason(error)) for question in questions]
         for alike in self._alike(questions):
