@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 if not __package__:  # started as `python eval/vqa.py`: the root of the checkout takes the place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-EXAMPLE = "python eval/vqa.py --model runs/joint/model --geometry shuffled --compare runs/vqa --output out/shuffled"
+EXAMPLE = "python eval/vqa.py --model runs/tiny_stage2/model --geometry shuffled --compare runs/vqa -o out/shuffled"
 
 
 def build_parser() -> ArgumentParser:
