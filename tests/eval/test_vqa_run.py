@@ -101,9 +101,15 @@ def test_a_blind_model_is_shown_nothing_of_any_room(model: ChatModel) -> None:
     first = seen[0]
     assert len(first.views[0].unique()) == 3, "one value per channel"
     assert all(torch.equal(context.views[0], first.views[0]) for context in seen)
-    assert all(torch.equal(context.pixel_values, first.pixel_values) for context in seen), "marks included"
+    assert all(torch.equal(context.pixel_values, first.pixel_values) for context in seen)
     assert len(seen) == NUM_SCENES, "marked questions need no context of their own"
     assert {len(context.texts) for context in seen} == {4}
+
+    marked = next(question for question in QUESTIONS if question.marks)
+    room = load(marked.scene, (84, 84)).images
+    context = Conditions(images="blank").context(model, room, room, marked)
+    assert context.images is not None
+    assert torch.equal(context.images.pixel_values, first.pixel_values)
 
     grey = load("s0", (84, 84))
     grey = replace(grey, images=torch.full_like(grey.images, GREY))
@@ -128,7 +134,7 @@ def test_a_real_blind_model_replies_alike_whatever_the_rooms(model: ChatModel) -
 def test_impossible_conditions() -> None:
     for wrong in ({"geometry": "of"}, {"images": "black"}, {"geometry": "shuffled", "images": "blank"}):
         with pytest.raises(InputError):
-            Conditions(**wrong)
+            Conditions(**wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_limit_counts_questions(model: ChatModel) -> None:
