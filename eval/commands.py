@@ -7,9 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from jsonargparse import Namespace
-from transformers.utils.logging import disable_progress_bar
 
 from eval.baselines import baseline_systems, model_system
 from eval.evaluate import MODEL, Evaluation, Scored, evaluate, require_scored
@@ -18,21 +16,19 @@ from eval.pictures import draw, evenly
 from eval.predictions import save_prediction
 from eval.protocols import Protocol, find_protocol
 from eval.reconstructions import photo_folders, reconstruct_folders
-from eval.report import append_lines, append_rows, outputs_only, results, table, write
+from eval.records import append_lines
+from eval.report import append_rows, outputs_only, results, table, write
+from eval.runs import load_named, output_folder, provenance_of, require_positive
 from eval.sources import Item, file_name, first_views, frame_items, require_folder
-from g2vlm.config import PRESETS
 from g2vlm.data.canonical import CanonicalSource
 from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
 from g2vlm.errors import CheckFailed, InputError
 from g2vlm.images import PATCH
-from g2vlm.pipeline import Pipeline, load
-from g2vlm.provenance import commit_of, describe_checkpoint
+from g2vlm.pipeline import Pipeline
 from g2vlm.staging import write_errors
 
 log = logging.getLogger(__name__)
-disable_progress_bar()
-ROOT = Path(__file__).resolve().parents[1]
 PREDICTIONS = "predictions"
 
 
@@ -47,7 +43,7 @@ def recon(args: Namespace) -> None:
     if args.save_predictions and args.dataset == "images":
         raise InputError("--save-predictions is for scores", "photographs are always exported", "leave it out")
     protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points, args.limit)
-    output = output_folder(args.output)
+    output = output_folder(args.output, "recon")
     log.info("protocol %s (choose with --dataset, --protocol); results in %s", protocol.label, output)
     run = reconstruct_photos if args.dataset == "images" else evaluate_dataset
     record = run(args, protocol, output)
@@ -110,11 +106,6 @@ def keeper(output: Path, protocol: Protocol, model: str, save_predictions: bool)
     return keep
 
 
-def provenance_of(pipeline: Pipeline) -> dict[str, Any]:
-    """The checkpoint and the commit that the numbers come from."""
-    return {"checkpoint": describe_checkpoint(pipeline.model, pipeline.name), "commit": commit_of(ROOT)}
-
-
 def score_model(
     items: Sequence[Item], pipeline: Pipeline, protocol: Protocol, keep: Callable[[Scored], None]
 ) -> Evaluation:
@@ -127,19 +118,6 @@ def scored(items: Sequence[Item], evaluation: Evaluation) -> list[Item]:
     """The items that were not skipped."""
     skipped = {skipped.item for skipped in evaluation.skipped}
     return [item for item in items if item.name not in skipped]
-
-
-# ---------------------------------------------------------------------------------------------- model
-
-
-def load_named(model: str | None, device: str, dtype: str | None) -> Pipeline:
-    """The model, by default the demo weights, under the name that results give it; random weights are named so."""
-    pipeline = load(model, device, None if dtype is None else getattr(torch, dtype))
-    if model in PRESETS and not Path(model).is_dir():
-        pipeline.name = f"{model} (RANDOM WEIGHTS)"
-        log.warning("RANDOM WEIGHTS: the scores below are those of an untrained model")
-    log.info("model %s", pipeline.name)
-    return pipeline
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -181,29 +159,3 @@ OPEN: dict[str, Callable[[Path | None, Protocol], tuple[list[Item], Protocol]]] 
     "canonical": canonical,
 }
 """Items of a dataset, and the protocol with what was found out about the data."""
-
-
-# ---------------------------------------------------------------------------------------------- checks
-
-
-def require_positive(name: str, value: int | None) -> None:
-    """Raise InputError unless an optional count is at least one."""
-    if value is not None and value < 1:
-        raise InputError(f"--{name.replace('_', '-')} must be at least 1", f"given {value}", "leave it out for all")
-
-
-def output_folder(given: Path | None, root: Path = Path("runs")) -> Path:
-    """Where results go: an absent or empty folder. Without a wish the first free of runs/recon, runs/recon-2, ...
-
-    Raises:
-        InputError: what was given has content or is no folder.
-    """
-    if given is not None:
-        if given.exists() and not (given.is_dir() and not any(given.iterdir())):
-            why = "it exists and is no empty folder; nothing was changed"
-            raise InputError(f"will not overwrite  {given}", why, "choose another --output, or leave it out")
-        return given
-    number = 1
-    while (folder := root / ("recon" if number == 1 else f"recon-{number}")).exists():
-        number += 1
-    return folder

@@ -6,32 +6,31 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from eval.qa_scoring import (
-    Answerer,
-    Scores,
-    aggregate,
-    bootstrap_macro,
-    by_any_category,
-    by_categories,
-    majority,
-    random_answers,
-    score_replies,
-)
+from eval.blind_answers import Answerer, by_any_category, by_categories, majority, random_answers
+from eval.qa_scoring import Scores, aggregate, bootstrap_macro, score_replies
 from g2vlm.data.qa import heldout_v1
 from g2vlm.data.qa.balance import Balance
 from g2vlm.data.qa.question import Question
 from g2vlm.data.qa.source import RoomsQA, sweep
 
 RANDOM_SEED = 0
+NUM_TRAINING = 350
+RANDOM, MAJORITY, BY_CATEGORIES, BY_SET = "random", "majority", "by categories", "by set"
+BASELINES = {
+    RANDOM: "a letter, or the number of a training question of the task, drawn at random",
+    MAJORITY: "the best constant answer of the task among training questions",
+    BY_CATEGORIES: "the best constant answer of the task and the objects that the question names, in their order",
+    BY_SET: "the same, in whatever order it names them",
+}
 
 
 def baselines(training: Sequence[Question]) -> dict[str, Answerer]:
-    """Answerers by name, fitted on training questions."""
+    """Answerers by name, fitted on training questions; their replies depend on the order of the questions."""
     return {
-        "random": random_answers(training, RANDOM_SEED),
-        "most frequent, task": majority(training),
-        "most frequent, task and categories": majority(training, by_categories),
-        "most frequent, task and set of categories": majority(training, by_any_category),
+        RANDOM: random_answers(training, RANDOM_SEED),
+        MAJORITY: majority(training),
+        BY_CATEGORIES: majority(training, by_categories),
+        BY_SET: majority(training, by_any_category),
     }
 
 
@@ -73,7 +72,7 @@ def _line(name: str, count: int, cells: Mapping[str, str]) -> str:
 def main() -> None:
     """Fit on training rooms, score on the held-out questions, print."""
     parser = argparse.ArgumentParser(prog="python -m eval.qa_blind", description=__doc__)
-    parser.add_argument("--scenes", type=int, default=350, help="training scenes that the baselines are fitted on")
+    parser.add_argument("--scenes", type=int, default=NUM_TRAINING, help="training rooms to fit the baselines on")
     args = parser.parse_args()
     print(blind_table(thinned(training_questions(args.scenes)), heldout_v1.questions()))
 

@@ -19,7 +19,8 @@ from jsonargparse import ArgumentParser
 from eval.baselines import CONSTANT, IDENTITY, UNTRAINED
 from eval.charts import Series, line_chart, running_mean
 from eval.gate import require_passed, told
-from eval.report import REPORT, RESULTS, RUN, markdown_table, notes, text_table
+from eval.records import REPORT, RESULTS, RUN
+from eval.report import markdown_table, notes, text_table
 from g2vlm.checkpoint import DEMO_NAME
 from g2vlm.cli import guarded, log_to_stderr, to_stdout
 from g2vlm.errors import InputError

@@ -1,13 +1,7 @@
-"""How results are told: a table for the terminal, the same as Markdown, `results.json`, and one line per item."""
+"""How scores of reconstructions are told: a table for the terminal, the same as Markdown, and `results.json`."""
 
-import importlib.metadata
-import json
-import math
-import platform
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +9,20 @@ from eval.baselines import BASELINES
 from eval.evaluate import MODEL, Evaluation, Skipped
 from eval.protocols import Protocol
 from eval.reconstructions import Reconstructed
+from eval.records import (
+    ITEMS,
+    NO_METRICS,
+    append_lines,
+    counted,
+    markdown_rows,
+    text_rows,
+    told_skips,
+    told_weights,
+    write_record,
+)
 from eval.scoring import Row
 from eval.summary import MACRO, MICRO
-from g2vlm import __version__
-from geometry.io.common import atomic_file
 
-RESULTS, ITEMS, REPORT, RUN = "results.json", "items.jsonl", "report.md", "run.json"
-PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "roma", "pillow")
 LABELS = {
     "abs_rel": ("AbsRel", "lower", "{:.4f}"),
     "delta_1": ("delta < 1.25", "higher", "{:.4f}"),
@@ -41,7 +42,6 @@ LABELS = {
     "rta": ("RTA @ {} deg, %", "higher", "{:.2f}"),
     "auc": ("AUC @ {} deg, %", "higher", "{:.2f}"),
 }
-NO_METRICS = "nothing was scored"
 COUNTS = ("num_pairs", "num_zero_baseline")
 
 
@@ -79,38 +79,13 @@ def outputs_only(
 
 
 def append_rows(folder: Path, rows: Mapping[str, Row]) -> None:
-    """Add one item's line of every system to `items.jsonl`: what is scored stays, whatever happens next."""
+    """Add one item's line of every system to `items.jsonl`."""
     append_lines(folder, ({"system": name, **asdict(row)} for name, row in rows.items()))
 
 
-def append_lines(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines to `items.jsonl`."""
-    with (folder / ITEMS).open("a", encoding="utf-8") as file:
-        file.write("".join(_json(line) + "\n" for line in lines))
-
-
 def write(folder: Path, record: Mapping[str, Any], device: str) -> None:
-    """Write `results.json`, the report and the record of the run; each file whole or not at all.
-
-    Args:
-        folder: an existing folder.
-        record: from `results` or `outputs_only`.
-        device: what the model ran on.
-    """
-    _write_text(folder / REPORT, markdown(record))
-    _write_text(folder / RUN, _json(run_record(device), indent=1) + "\n")
-    _write_text(folder / RESULTS, _json(record, indent=1) + "\n")
-
-
-def run_record(device: str) -> dict[str, Any]:
-    """When, with which command, on what and with which packages."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "device": device,
-        "python": platform.python_version(),
-        "packages": {"g2vlm": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    """Write `results.json` with a record from `results` or `outputs_only`, and what goes with it."""
+    write_record(folder, record, markdown(record), device)
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -121,14 +96,7 @@ def table(record: Mapping[str, Any]) -> str:
 
 def text_table(systems: Mapping[str, Mapping[str, float]]) -> str:
     """Systems by name and metrics by name as text: a line per metric, a column per system."""
-    rows = [["", "better", *systems], *_metric_rows(systems)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(_padded(row, widths)).rstrip() for row in rows)
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    return [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+    return text_rows([["", "better", *systems], *_metric_rows(systems)], names=2)
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -139,8 +107,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def markdown_table(systems: Mapping[str, Mapping[str, float]]) -> str:
     """The table of `text_table` as Markdown."""
-    rows = [["", "better", *systems], ["---"] * 2 + ["---:"] * len(systems), *_metric_rows(systems)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_rows([["", "better", *systems], *_metric_rows(systems)], names=2)
 
 
 def _systems(record: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
@@ -149,14 +116,10 @@ def _systems(record: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 
 def _heading(record: Mapping[str, Any]) -> list[str]:
     metrics = record["metrics"]
-    counts = f"{_counted(record['count'], 'scene')}, {len(record['skipped'])} skipped"
+    counts = f"{counted(record['count'], 'scene')}, {len(record['skipped'])} skipped"
     if "num_pairs" in metrics:
-        counts += f", {_counted(metrics['num_pairs'], 'pair')} of views"
+        counts += f", {counted(metrics['num_pairs'], 'pair')} of views"
     return [record["benchmark"], f"{record['protocol']['about']}; {counts}; model: {record['model']}"]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _metric_rows(systems: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
@@ -200,9 +163,9 @@ def _rank(name: str) -> tuple[bool, int, int]:
 
 def notes(record: Mapping[str, Any]) -> list[str]:
     """What the numbers of a record mean, and what is missing from them, as Markdown items."""
-    weights = [f"weights: {_weights(record['provenance'])}"]
+    weights = [told_weights(record["provenance"])]
     if not record["metrics"]:
-        return [f"- {note}" for note in [*weights, *_skips(record)]]
+        return [f"- {note}" for note in [*weights, *told_skips(record)]]
     protocol = record["protocol"]
     depth, points, poses = protocol["depth"], protocol["points"], protocol["poses"]
     lines = [
@@ -217,41 +180,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         lines.append("not the published test sequences: do not compare with published tables")
     if protocol["modified"]:
         lines.append("MODIFIED protocol: comparable only with runs that changed the same constants")
-    return [f"- {note}" for note in [*lines, *weights, *_skips(record)]]
-
-
-def _weights(provenance: Mapping[str, Any]) -> str:
-    """Names and beginnings of the SHA-256 of the weight files, and the commit."""
-    files = provenance["checkpoint"]["files"]
-    named = ", ".join(f"{name} sha256 {digest[:12]}" for name, digest in files.items()) or "random"
-    commit = provenance["commit"]
-    changed = " with local changes" if commit and commit["dirty"] else ""
-    return named + (f"; commit {commit['hash'][:12]}{changed}" if commit else "")
+    return [f"- {note}" for note in [*lines, *weights, *told_skips(record)]]
 
 
 def _thinned(max_points: int | None) -> str:
     return "" if max_points is None else f"at most {max_points:,} of each cloud, "
-
-
-def _skips(record: Mapping[str, Any]) -> list[str]:
-    return [f"skipped {skipped['item']}: {skipped['reason']}" for skipped in record["skipped"]]
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: what is not a number is null."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())

@@ -62,6 +62,8 @@ g2vlm data check "$OUT/photos"
 g2vlm data preview "$OUT/photos" -o "$OUT/sheet.png"
 run "$PY" eval/recon.py --model "$OUT/ours" --limit 2 --pictures 1 -o "$OUT/scores"
 run "$PY" eval/recon.py --model tiny --dataset images --data "$OUT/photos" --width 112 -o "$OUT/unscored"
+run "$PY" eval/vqa.py --limit 6 --geometry off -o "$OUT/answers"
+run "$PY" eval/vqa.py --limit 6 --pictures 2 --compare "$OUT/answers" -o "$OUT/compared"
 for file in points.ply points.glb cameras.json preview.png depth/0002.png scene.safetensors; do
     test -s "$OUT/room/$file" || { echo "smoke: $file is missing" >&2; exit 1; }
 done

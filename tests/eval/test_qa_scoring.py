@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
+from eval.blind_answers import best_constant, by_categories, majority, random_answers
 from eval.qa_scoring import (
     aggregate,
-    best_constant,
+    bootstrap_difference,
     bootstrap_macro,
-    by_categories,
-    majority,
+    is_of_form,
     mean_relative_accuracy,
-    random_answers,
     score_replies,
     score_reply,
 )
@@ -110,3 +109,19 @@ def test_questions_about_one_scene_are_drawn_together() -> None:
 def test_scores_need_a_reply_for_every_question() -> None:
     with pytest.raises(ValueError, match="zip"):
         score_replies([number("1")], [])
+
+
+def test_the_lead_is_drawn_over_the_same_scenes() -> None:
+    """Two systems that differ by the same everywhere differ by it in every resample, however the scenes vary."""
+    generator = np.random.default_rng(3)
+    scores, scenes = generator.random(200), [f"s{k // 4}" for k in range(200)]
+    tasks = ["object_counting", "point_depth"] * 100
+    assert bootstrap_difference(tasks, scores, scores - 0.25, scenes) == pytest.approx((25, 25))
+    low, high = bootstrap_macro(tasks, scores, scenes)
+    assert high - low > 5
+
+
+def test_replies_of_the_asked_form() -> None:
+    asked = choice(("a", "b"), "A")
+    assert [is_of_form(asked, reply) for reply in ("b", "A.", "C", "the A", "")] == [True, True, False, False, False]
+    assert [is_of_form(number("1"), reply) for reply in ("2.5 m", "two", "")] == [True, False, False]

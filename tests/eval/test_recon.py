@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from eval.baselines import System
-from eval.commands import OPEN, output_folder
+from eval.commands import OPEN
 from eval.evaluate import MODEL, evaluate
 from eval.gate import judged, require_passed
 from eval.predictions import load_prediction
 from eval.protocols import PROTOCOLS, find_protocol
 from eval.recon import DATASETS, main
+from eval.runs import output_folder
 from eval.scoring import score
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import CheckFailed
@@ -233,9 +234,9 @@ def test_an_unknown_flag_or_choice_is_refused_by_the_parser(capsys) -> None:
 
 
 def test_the_default_folder_is_a_new_one(tmp_path: Path) -> None:
-    assert output_folder(None, tmp_path) == tmp_path / "recon"
+    assert output_folder(None, "recon", tmp_path) == tmp_path / "recon"
     (tmp_path / "recon").mkdir()
-    assert output_folder(None, tmp_path) == tmp_path / "recon-2"
+    assert output_folder(None, "recon", tmp_path) == tmp_path / "recon-2"
 
 
 def test_the_datasets_of_the_flag_are_those_of_the_protocols() -> None:

@@ -12,8 +12,9 @@ SOURCES = {
     "jsonl": "g2vlm.data.chat.jsonl:JsonlChats",
     "spar": "g2vlm.data.chat.spar:SparChats",
     "rooms_qa": "g2vlm.data.chat.rooms:RoomsChats",
+    "rooms_descriptions": "g2vlm.data.chat.descriptions:RoomDescriptions",
 }
-NEEDS_NO_ROOT = ("rooms_qa",)
+NEEDS_NO_ROOT = ("rooms_qa", "rooms_descriptions")
 
 
 def build_chat_source(name: str, root: Path | None, view_size: Size, **options: Any) -> ChatSource:

@@ -1,38 +1,74 @@
 """Questions about rendered rooms: views of a room, and a conversation about what is in them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
 from g2vlm.data.qa.drafts import stream
-from g2vlm.data.qa.marks import draw_marks
 from g2vlm.data.qa.question import Mark
-from g2vlm.data.qa.source import AskedScene, RoomsQA
+from g2vlm.data.qa.showing import blank_views, shown_views
+from g2vlm.data.qa.source import RoomsQA
 from g2vlm.data.types import SceneSample, ViewRequest
 from g2vlm.errors import InputError
+from g2vlm.prompts import place_images
 
-MOST_TEXT = 120
-"""Tokens that packs reserve for a question and its answer, which are known only when the room is rendered."""
-GREY = 128
+OPENING, MOST_TEXT = 60, 110
+"""Tokens that packs reserve for the words before the first question, and for each question and answer, which are known
+only when the room is rendered."""
+
+
+@dataclass(frozen=True)
+class Showing:
+    """How a rendered room is shown.
+
+    Args:
+        views: fewest and most of them, as many as the sample's seed says.
+        size: (H, W) of each.
+        geometry: the geometry encoder gets them too.
+        blank: all encoders get grey images, for a model that must answer without seeing.
+    """
+
+    views: tuple[int, int]
+    size: tuple[int, int]
+    geometry: bool
+    blank: bool
+
+    def request(self, seed: int) -> ViewRequest:
+        """The views of a sample."""
+        count = np.random.default_rng([seed, 1]).integers(self.views[0], self.views[1] + 1)
+        return ViewRequest(int(count), self.size, seed)
+
+    def shape(self, seed: int, spare: int) -> ChatShape:
+        """That of a sample but for its text."""
+        count = self.request(seed).num_views
+        turn = Turn(tuple(ImageAt(i) for i in range(count)), "")
+        return ChatShape((turn,), (self.size,) * count, count * self.geometry, self.size, spare)
+
+    def sample(
+        self, scene: SceneSample, turns: Sequence[Turn], name: str, task: str, marks: Sequence[Mark] = ()
+    ) -> ChatSample:
+        """A room and what is said about it, with marks on the semantic copies."""
+        if self.blank:
+            scene, marks = replace(scene, images=blank_views(scene.images)), ()
+        first, *later = turns
+        images = tuple(shown_views(scene.images, marks))
+        seen = scene if self.geometry else None
+        return ChatSample(first.parts, first.answer, images, seen, f"{name}/{scene.scene}", task, tuple(later))
 
 
 class RoomsChats:
     """Rooms as `RoomsQA` draws them; the views are semantic images, and views of the geometry encoder with depth.
 
-    Several questions about a room, of different tasks and in random order, are the turns of one conversation; what the
-    first of them marks is marked in the images.
+    Several questions about a room, of different tasks and in random order, are the turns of one conversation; what one
+    of them marks is marked in the images.
 
     Args:
         split, seed: as of `RoomsQA`.
-        views: fewest and most views of a room.
-        view_size: (H, W) of the views.
+        views, view_size, geometry, blank: as of `Showing`.
         questions: most about a room; fewer where it does not allow them.
-        geometry: give the views to the geometry encoder too.
-        blank: show grey images without marks in place of the room's, for models that answer without looking.
         options: further arguments of `RoomsQA`.
     """
 
@@ -49,19 +85,15 @@ class RoomsChats:
         blank: bool = False,
         **options: Any,
     ):
-        self.rooms = RoomsQA(split=split, seed=seed, **options)
-        self.views, self.view_size = (views[0], views[1]), (view_size[0], view_size[1])
-        self.questions, self.geometry, self.blank = questions, geometry, blank
+        self.rooms, self.questions = RoomsQA(split=split, seed=seed, **options), questions
+        self.showing = Showing((views[0], views[1]), (view_size[0], view_size[1]), geometry, blank)
 
     def __len__(self) -> int:
         return len(self.rooms)
 
     def shape(self, index: int, seed: int) -> ChatShape:
         """Everything but the text."""
-        count = self._request(seed).num_views
-        turn = Turn(tuple(ImageAt(i) for i in range(count)), "")
-        spare = self.questions * MOST_TEXT
-        return ChatShape((turn,), (self.view_size,) * count, count * self.geometry, self.view_size, spare)
+        return self.showing.shape(seed, OPENING + self.questions * MOST_TEXT)
 
     def load(self, index: int, seed: int) -> ChatSample:
         """A room and questions about it; the room decides which it allows.
@@ -69,37 +101,13 @@ class RoomsChats:
         Raises:
             InputError: it allows none.
         """
-        asked = self.rooms.load(index, self._request(seed), self.questions)
+        request = self.showing.request(seed)
+        asked = self.rooms.load(index, request, self.questions)
         if not asked.questions:
-            raise InputError(f"no question about room {index}", f"with {self._request(seed).num_views} views", "")
-        asked = replace(asked, questions=tuple(stream("order", seed, index).shuffled(asked.questions)))
-        return self.sample(asked)
-
-    def sample(self, asked: AskedScene) -> ChatSample:
-        """A scene and its questions as a conversation."""
-        first, *later = asked.questions
-        scene = blanked(asked.sample) if self.blank else asked.sample
-        marks = () if self.blank else next((q.marks for q in asked.questions if q.marks), ())
-        return ChatSample(
-            parts=(*(ImageAt(i) for i in range(scene.num_views)), first.prompt),
-            answer=first.answer,
-            images=shown(scene, marks),
-            scene=scene if self.geometry else None,
-            name=f"{self.name}/{scene.scene}",
-            task=first.task,
-            later=tuple(Turn((question.prompt,), question.answer) for question in later),
-        )
-
-    def _request(self, seed: int) -> ViewRequest:
-        random = np.random.default_rng([seed, 1])
-        return ViewRequest(int(random.integers(self.views[0], self.views[1] + 1)), self.view_size, seed)
-
-
-def shown(scene: SceneSample, marks: Sequence[Mark] = ()) -> tuple[np.ndarray, ...]:
-    """The semantic encoder's copies of a scene's views (H, W, 3), with a question's marks."""
-    return tuple(draw_marks(np.ascontiguousarray(scene.images.permute(0, 2, 3, 1).numpy()), marks))
-
-
-def blanked(scene: SceneSample) -> SceneSample:
-    """The scene as a blind model sees it: all views grey."""
-    return replace(scene, images=torch.full_like(scene.images, GREY))
+            raise InputError(f"no question about room {index}", f"with {request.num_views} views", "")
+        first, *later = stream("order", seed, index).shuffled(asked.questions)
+        images = [ImageAt(i) for i in range(request.num_views)]
+        opening = Turn(tuple(place_images(first.prompt(len(images)), images)), first.answer)
+        turns = [opening, *(Turn((question.words,), question.answer) for question in later)]
+        marks = next((question.marks for question in asked.questions if question.marks), ())
+        return self.showing.sample(asked.sample, turns, self.name, first.task, marks)

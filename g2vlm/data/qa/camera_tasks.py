@@ -12,7 +12,7 @@ import numpy as np
 from g2vlm.data.qa.boxes import point_distance
 from g2vlm.data.qa.drafts import Draft, Generator
 from g2vlm.data.qa.facts import Frame, SceneFacts, SceneObject
-from g2vlm.data.qa.question import Mark
+from g2vlm.data.qa.question import Mark, frame_name
 from g2vlm.data.qa.rules import Rules
 from g2vlm.data.rooms.draws import Draws
 
@@ -30,7 +30,7 @@ POINT_TRIES = 64
 
 def at(facts: SceneFacts, number: int) -> str:
     """How a question names a frame (from 0)."""
-    return f"frame {number + 1} of {len(facts.frames)}"
+    return frame_name(number, len(facts.frames))
 
 
 def _shuffled_frames(facts: SceneFacts, draws: Draws) -> list[int]:

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,11 +17,21 @@ from g2vlm.preview import GAP, INK, MARGIN, MUTED, PAGE, WIDTH, font, stack
 VIEW_WIDTH = 300  # pixels of a view; at most this, and five in a row
 LINE = 26
 CHARACTERS = 150  # of a line
+GREEN, BLUE = (20, 110, 60), (38, 84, 160)
 
 
-def question_sheet(items: Iterable[tuple[SceneSample, Question]]) -> Image.Image:
-    """One picture, 1680 pixels wide: a block per question."""
-    return stack([panel for sample, question in items for panel in (_views(sample, question), _words(question))])
+def question_sheet(
+    items: Iterable[tuple[SceneSample, Question]], replies: Mapping[str, str] | None = None
+) -> Image.Image:
+    """One picture, 1680 pixels wide: a block per question, with a line about the reply to it where there is one.
+
+    Args:
+        items: views and questions about them.
+        replies: lines by the question's id.
+    """
+    said = replies or {}
+    blocks = [(_views(sample, question), _words(question, said.get(question.id))) for sample, question in items]
+    return stack([panel for block in blocks for panel in block])
 
 
 def _views(sample: SceneSample, question: Question) -> Image.Image:
@@ -47,13 +57,15 @@ def _enlarged(sample: SceneSample) -> np.ndarray:
     )
 
 
-def _words(question: Question) -> Image.Image:
-    lines = [piece for line in question.question.splitlines() for piece in textwrap.wrap(line, CHARACTERS)]
-    lines += ["    ".join(question.options)] if question.options else []
-    panel = Image.new("RGB", (WIDTH - 2 * MARGIN, LINE * (len(lines) + 1)), PAGE)
+def _words(question: Question, reply: str | None) -> Image.Image:
+    lines = [(piece, INK) for line in question.question.splitlines() for piece in textwrap.wrap(line, CHARACTERS)]
+    lines += [("    ".join(question.options), INK)] if question.options else []
+    lines.append((_answer(question), GREEN))
+    lines += [(textwrap.shorten(reply, CHARACTERS), BLUE)] if reply is not None else []
+    panel = Image.new("RGB", (WIDTH - 2 * MARGIN, LINE * len(lines)), PAGE)
     pen = ImageDraw.Draw(panel)
-    for number, line in enumerate([*lines, _answer(question)]):
-        pen.text((0, number * LINE), line, INK if number < len(lines) else (20, 110, 60), font(19))
+    for number, (text, colour) in enumerate(lines):
+        pen.text((0, number * LINE), text, colour, font(19))
     return panel
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from g2vlm.errors import InputError
+from g2vlm.prompts import PLACEHOLDER
 from geometry.io.common import atomic_file
 
 Kind = Literal["choice", "number"]
@@ -63,15 +64,29 @@ class Question:
     marks: tuple[Mark, ...] = ()
 
     @property
-    def prompt(self) -> str:
-        """What the model is asked, after the images."""
+    def words(self) -> str:
+        """What is asked, with its options."""
         options = "\nOptions:\n" + "\n".join(self.options) if self.options else ""
-        return f"{PRE_PROMPT}{self.question}{options}\n{POST_PROMPTS[self.kind]}"
+        return f"{self.question}{options}\n{POST_PROMPTS[self.kind]}"
+
+    def prompt(self, num_views: int) -> str:
+        """What the model is asked about some views, each in the place that bears its number."""
+        return f"{PRE_PROMPT}{placed_frames(num_views)}{self.words}"
 
     @property
     def answer_text(self) -> str:
         """The right option's words, or the number."""
         return self.answer if self.kind == "number" else option_text(self.options[letters().index(self.answer)])
+
+
+def frame_name(number: int, count: int) -> str:
+    """How a question names a frame (from 0)."""
+    return f"frame {number + 1} of {count}"
+
+
+def placed_frames(count: int) -> str:
+    """A line with the number and the place of every frame."""
+    return "".join(f"{frame_name(k, count)}: {PLACEHOLDER}\n" for k in range(count))
 
 
 def letters() -> str:

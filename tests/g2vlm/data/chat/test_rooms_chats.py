@@ -1,10 +1,11 @@
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 
+from g2vlm.data.chat.descriptions import RoomDescriptions, cells
 from g2vlm.data.chat.registry import build_chat_source
-from g2vlm.data.chat.rooms import MOST_TEXT
+from g2vlm.data.chat.rooms import MOST_TEXT, OPENING, RoomsChats
+from g2vlm.data.chat.types import ChatSample, ImageAt
+from g2vlm.data.qa.showing import GREY
 from g2vlm.errors import InputError
 from tests.train.chats import layout
 
@@ -21,8 +22,8 @@ def test_rooms_give_views_with_depth_and_a_question() -> None:
         assert sample.answer
         assert sample.task
         assert shape.image_sizes == sample.shape.image_sizes
-        text = layout().num_tokens(sample.shape) - (layout().num_tokens(shape) - MOST_TEXT)
-        assert 0 < text <= MOST_TEXT
+        text = layout().num_tokens(sample.shape) - (layout().num_tokens(shape) - OPENING - MOST_TEXT)
+        assert 0 < text <= OPENING + MOST_TEXT
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(shape)
         again = source.load(index, index)
         assert (again.parts, again.answer) == (sample.parts, sample.answer)
@@ -35,34 +36,28 @@ def test_rooms_give_views_with_depth_and_a_question() -> None:
 
 def test_questions_about_a_room_are_one_conversation() -> None:
     """In random order, of different tasks; the mark of the one that speaks of it is in the images."""
-    source = build_chat_source("rooms_qa", None, (56, 56), questions=6)
+    source = build_chat_source("rooms_qa", None, (84, 84), questions=6)
     asked = []
     for index in range(6):
         sample = source.load(index, index)
-        asked.append(1 + len(sample.later))
-        texts = [str(part) for turn in (sample, *sample.later) for part in turn.parts if isinstance(part, str)]
-        assert len(texts) == len(set(texts)) == asked[-1]
+        assert sample.scene is not None
+        turns = (sample.parts[-1:], *(turn.parts for turn in sample.later))
+        texts = [str(part) for parts in turns for part in parts]
+        asked.append(len(texts))
+        assert len(set(texts)) == len(texts)
         assert all(turn.answer for turn in sample.later)
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(source.shape(index, index))
-        speaks, red = ["marked in red" in text for text in texts], num_red(sample.images)
-        assert sum(speaks) <= 1
-        assert (red == 1) == any(speaks)
+        plain = sample.scene.images.permute(0, 2, 3, 1).numpy()
+        marked = [bool((view != copy).any()) for view, copy in zip(plain, sample.images, strict=True)]
+        assert sum(marked) == sum("marked in red" in text for text in texts) <= 1
     assert max(asked) > 3
 
 
-def num_red(images: Sequence[np.ndarray]) -> int:
-    """Images with a pixel of the marks' colour."""
-    return sum(bool((image == (255, 0, 0)).all(-1).any()) for image in images)
-
-
-def test_a_blind_model_sees_grey() -> None:
-    shown, blank = (build_chat_source("rooms_qa", None, (56, 56), questions=4, blank=blank) for blank in (False, True))
-    for index in range(3):
-        seen, blind = shown.load(index, index), blank.load(index, index)
-        assert (seen.parts, seen.answer, seen.later) == (blind.parts, blind.answer, blind.later)
-        assert blind.scene is not None
-        assert {*np.unique(blind.images), *blind.scene.images.unique().tolist()} == {128}
-        assert seen.shape == blind.shape
+def test_every_view_has_a_number() -> None:
+    sample = build_chat_source("rooms_qa", None, (56, 56), views=[2, 2]).load(0, 0)
+    assert [part if isinstance(part, ImageAt) else part.splitlines()[-1] for part in sample.parts[:4]] == [
+        "frame 1 of 2: ", ImageAt(0), "frame 2 of 2: ", ImageAt(1)
+    ]  # fmt: skip
 
 
 def test_rooms_without_the_geometry_encoder() -> None:
@@ -71,3 +66,65 @@ def test_rooms_without_the_geometry_encoder() -> None:
     assert sample.scene is None
     assert sample.shape.num_views == source.shape(0, 0).num_views == 0
     assert len(sample.images) == len(source.shape(0, 0).image_sizes)
+
+
+def marked_sample(blank: bool = False) -> ChatSample:
+    """The first training room that is asked about a marked point."""
+    source = RoomsChats(views=(2, 2), view_size=(84, 84), blank=blank)
+    samples = (source.load(index, 0) for index in range(60))
+    return next(sample for sample in samples if sample.task == "point_depth")
+
+
+def test_a_marked_point_is_a_small_dot_on_the_semantic_copy_alone() -> None:
+    sample = marked_sample()
+    assert sample.scene is not None
+    plain = sample.scene.images.permute(0, 2, 3, 1).numpy()
+    changed = [(view != copy).any(-1) for view, copy in zip(plain, sample.images, strict=True)]
+    assert sorted(int(pixels.any()) for pixels in changed) == [0, 1]
+    assert 8 <= sum(int(pixels.sum()) for pixels in changed) <= 70, "as large as on the held-out questions' views"
+
+
+def test_a_blind_model_sees_grey_and_reads_the_same_question() -> None:
+    seen, blind = marked_sample(), marked_sample(blank=True)
+    assert (blind.parts, blind.answer, blind.shape) == (seen.parts, seen.answer, seen.shape)
+    assert blind.scene is not None
+    assert bool((blind.scene.images == GREY).all())
+    assert all(bool((image == GREY).all()) for image in blind.images)
+
+
+def test_descriptions_of_rooms() -> None:
+    """Nine cells for each view, in row order; apart, each view stands before what is said about it."""
+    together, apart = (
+        build_chat_source("rooms_descriptions", None, (56, 56), views=[2, 3], apart=apart) for apart in (False, True)
+    )
+    for index in range(4):
+        sample = together.load(index, index)
+        count = len(sample.images)
+        said = {str(turn.parts[-1]).splitlines()[-1]: turn.answer for turn in (sample.shape.turns)}
+        for k in range(count):
+            assert len(said[f"What is in frame {k + 1} of {count}?"].split(", ")) == 9
+        assert len(said) == 3 * count - 1
+        assert sample.parts[:2] == (f"These are frames of a video.\nframe 1 of {count}: ", ImageAt(0))
+        assert layout().num_tokens(sample.shape) <= layout().num_tokens(together.shape(index, index))
+        alone = apart.load(index, index)
+        order = [turn.parts[0] for turn in alone.shape.turns]
+        assert sorted(part.index for part in order if isinstance(part, ImageAt)) == list(range(count))
+        for turn in alone.shape.turns:
+            assert isinstance(turn.parts[0], ImageAt)
+            assert turn.answer == said[f"What is in frame {turn.parts[0].index + 1} of {count}?"]
+
+
+def test_cells_are_told_row_by_row() -> None:
+    source = RoomDescriptions(view_size=(84, 84))
+    scene, room = source.rooms.load(0, source.showing.request(0)), source.rooms.scene(0)
+    assert scene.depth is not None
+    assert scene.instances is not None
+    for view in range(scene.num_views):
+        told = cells(room, scene, view).split(", ")
+        for cell, text in enumerate(told):
+            part = slice(28 * (cell // 3), 28 * (cell // 3) + 28), slice(28 * (cell % 3), 28 * (cell % 3) + 28)
+            owners = scene.instances[view][part].flatten().tolist()
+            most = max(sorted(set(owners)), key=owners.count)
+            named = next(thing.category for thing in room.instances if thing.index == most)
+            depth = scene.depth[view][part][scene.instances[view][part] == most]
+            assert text == f"{np.median(depth.numpy()):.1f} {named}"

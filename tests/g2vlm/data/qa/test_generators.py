@@ -171,6 +171,21 @@ def test_order_is_asked_only_of_what_appears_clearly(rooms) -> None:
                 assert next(count for count in most if count > 0) >= 36
 
 
+def test_sizes_are_asked_of_exactly_what_a_view_shows_whole(rooms) -> None:
+    """Its pixels keep clear of all four borders of a view that shows enough of it."""
+    borders = Counter()
+    for _, sample, facts in rooms:
+        questions = generate(facts, "object_size_estimation", STILLS)
+        asked = {category for question in questions for category in question.categories}
+        for thing in facts.unique(STILLS):
+            masks = [(view == thing.instance).numpy() for view in sample.instances]
+            masks = [mask for mask in masks if mask.sum() >= 36]
+            edges = [(mask[0].any(), mask[-1].any(), mask[:, 0].any(), mask[:, -1].any()) for mask in masks]
+            assert (thing.category in asked) == any(not any(touched) for touched in edges), thing
+            borders.update(touched.index(True) for touched in edges if sum(touched) == 1)
+    assert set(borders) == {0, 1, 2, 3}, "objects cut by each border alone"
+
+
 def test_the_lamp_on_a_nightstand_makes_lamps_unclear(rooms) -> None:
     present = [{c.category for c in scene.composites} for scene, _, _ in rooms]
     assert any("nightstand" in categories or "desk" in categories for categories in present)

@@ -25,15 +25,14 @@ NUMBER = Question(
 
 
 def test_prompts_word_for_word() -> None:
-    assert CHOICE.prompt == (
-        "These are frames of a video.\n"
+    assert CHOICE.prompt(2) == (
+        "These are frames of a video.\nframe 1 of 2: <image>\nframe 2 of 2: <image>\n"
         "If I am standing by the bed and facing the tv, is the bin to the left or the right of the tv?\n"
         "Options:\nA. right\nB. left\n"
         "Answer with the option's letter from the given choices directly."
     )
-    assert NUMBER.prompt == (
-        "These are frames of a video.\nHow deep?\nPlease answer the question using a single word or phrase."
-    )
+    assert NUMBER.words == "How deep?\nPlease answer the question using a single word or phrase."
+    assert NUMBER.prompt(0) == f"These are frames of a video.\n{NUMBER.words}"
 
 
 def test_answer_texts() -> None:
