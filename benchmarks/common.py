@@ -23,7 +23,7 @@ from benchmarks.table import RESULTS, markdown_table
 from benchmarks.work_model import Ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("g2vlm", "geometry", "benchmarks", "tests/gpu")
+SOURCES = ("g2vlm", "geometry", "train", "benchmarks", "tests/gpu")
 COMMIT = "G2VLM_COMMIT"
 """Environment variable that names the commit where the checkout came without its history."""
 
@@ -91,6 +91,7 @@ class Repeats:
     least: int = 3
 
 
+FEW_REPEATS = Repeats(warmup=1, rounds=3, seconds=0.5, least=1)
 Run = Callable[[], object]
 
 
@@ -269,6 +270,7 @@ def argument_parser(name: str, description: str | None) -> argparse.ArgumentPars
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes and few repeats: seconds on a laptop")
+    parser.add_argument("--few", action="store_true", help="few repeats, for a slow or busy machine")
     parser.add_argument(
         "--output", type=Path, nargs="?", const=RESULTS, help="write a result file into this folder (default: results/)"
     )
@@ -279,6 +281,11 @@ def argument_parser(name: str, description: str | None) -> argparse.ArgumentPars
 def parse_device(args: argparse.Namespace) -> torch.device:
     """The device that a parsed command line names."""
     return torch.device(args.device)
+
+
+def chosen_repeats(args: argparse.Namespace) -> Repeats:
+    """How often a parsed command line wants things repeated."""
+    return FEW_REPEATS if args.tiny or args.few else Repeats()
 
 
 def chosen_attention() -> str:
