@@ -272,10 +272,10 @@ def run(args: argparse.Namespace) -> Report:
     model, settings = chosen_model(args, device)
     num_tokens = args.tokens or (3 if args.tiny else 64)
     contexts = args.contexts or ([128] if args.tiny else [1024, 8192])
-    ceilings = measure_ceilings(device, args.tiny)
+    ceilings = measure_ceilings(device, args.tiny, args.cpu_time)
     side = SIDES["cpu" if args.tiny else device.type]
     bench = Bench(model, device, ceilings, chosen_repeats(args), side, num_tokens, args.batch)
-    settings |= {"tolerance": bench.tolerance, "side": side, "decoded tokens": num_tokens}
+    settings |= {"tolerance": bench.tolerance, "side": side, "decoded tokens": num_tokens, "CPU time": args.cpu_time}
     report = Report("generate", device, settings, chosen_attention(), ceilings)
     for context in contexts:
         report.rows += measure(bench, context)

@@ -237,8 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else chosen_dtype(device)
     sizes = TINY_SIZES if args.tiny else GPU_SIZES if device.type == "cuda" else CPU_SIZES
     repeats = chosen_repeats(args)
-    report = Report("layer", device, {"dtype": str(dtype), "tolerance": TOLERANCES[dtype]}, chosen_attention())
-    report.ceilings = measure_ceilings(device, args.tiny)
+    settings = {"dtype": str(dtype), "tolerance": TOLERANCES[dtype], "CPU time": args.cpu_time}
+    report = Report("layer", device, settings, chosen_attention())
+    report.ceilings = measure_ceilings(device, args.tiny, args.cpu_time)
     for size in sizes:
         report.rows += measure(size, device, dtype, repeats)
     report.publish(args.output, args.note)

@@ -165,8 +165,8 @@ def run(args: argparse.Namespace) -> Report:
     device = parse_device(args)
     model, settings = chosen_model(args, device)
     repeats = chosen_repeats(args)
-    sweep = Sweep(model, device, measure_ceilings(device, args.tiny), repeats, deadline)
-    settings["tolerance"] = TOLERANCES[model.embed_tokens.weight.dtype]
+    sweep = Sweep(model, device, measure_ceilings(device, args.tiny, args.cpu_time), repeats, deadline)
+    settings |= {"tolerance": TOLERANCES[model.embed_tokens.weight.dtype], "CPU time": args.cpu_time}
     report = Report(args.name, device, settings, chosen_attention(), sweep.ceilings)
     for work in workloads(args, device, 1 + len(sweep.config.tokens.recon_prompt)):
         memory, seconds = sweep.lack_of_memory(work), sweep.lack_of_time(work)

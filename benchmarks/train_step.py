@@ -282,9 +282,9 @@ def run(args: argparse.Namespace) -> Report:
     preset = chosen_preset(args, device)
     files = TINY_STEPS if preset == "tiny" else STEPS
     repeats = chosen_repeats(args)
-    ceilings = measure_ceilings(device, args.tiny)
+    ceilings = measure_ceilings(device, args.tiny, args.cpu_time)
     settings = {"preset": preset, "compute": "bfloat16" if device.type == "cuda" else "float32", "weights": "random"}
-    settings |= {"tolerance": TOLERANCES[device.type], "text tokens": HEADER + QUESTION + ANSWER + 1}
+    settings |= {"tolerance": TOLERANCES[device.type], "CPU time": args.cpu_time}
     report = Report("train_step", device, settings, chosen_attention(), ceilings)
     with engine("auto", device.type) as alone:
         for name in args.steps or files:
