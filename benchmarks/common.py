@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.table import RESULTS, markdown_table
 from benchmarks.work_model import Ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("g2vlm", "geometry", "benchmarks", "tests/gpu")
+SOURCES = ("g2vlm", "geometry", "train", "benchmarks", "tests/gpu")
 COMMIT = "G2VLM_COMMIT"
 """Environment variable that names the commit where the checkout came without its history."""
 
@@ -83,14 +83,25 @@ class Timing:
 
 @dataclass(frozen=True)
 class Repeats:
-    """How often to run: warm-up, then rounds until there are `rounds` or `seconds` have passed, at least `least`."""
+    """How often to run: warm-up, then rounds until there are `rounds` or `seconds` have passed, at least `least`.
+
+    With `cpu_time` what counts on a CPU is the time that this process computes, so that others do not; only for work of
+    one thread.
+    """
 
     warmup: int = 3
     rounds: int = 30
     seconds: float = 3.0
     least: int = 3
+    cpu_time: bool = False
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds of a CPU's clock."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
 
+FEW_REPEATS = Repeats(warmup=1, rounds=3, seconds=0.5, least=1)
 Run = Callable[[], object]
 
 
@@ -100,21 +111,21 @@ def time_variants(variants: Mapping[str, Run], device: torch.device, repeats: Re
         for run in variants.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    start = time.perf_counter()
+    start = repeats.clock()
     for done in range(repeats.rounds):
-        if done >= repeats.least and time.perf_counter() - start > repeats.seconds * len(variants):
+        if done >= repeats.least and repeats.clock() - start > repeats.seconds * len(variants):
             break
         for name, run in variants.items():
-            seconds[name].append(time_once(run, device))
+            seconds[name].append(time_once(run, device, repeats.clock))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def time_once(run: Run, device: torch.device) -> float:
-    """Seconds of one call: CUDA events on a GPU, the wall clock elsewhere."""
+def time_once(run: Run, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call: CUDA events on a GPU, `clock` elsewhere."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         run()
-        return time.perf_counter() - start
+        return clock() - start
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     torch.cuda.synchronize(device)
     events[0].record()
@@ -143,7 +154,7 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
+def measure_ceilings(device: torch.device, quick: bool = False, cpu_time: bool = False) -> Ceilings:
     """Matrix product (bf16 on a GPU, fp32 elsewhere) and copy, on random data, in this run."""
     cuda = device.type == "cuda"
     side = 8192 if cuda else 256 if quick else 1024
@@ -152,7 +163,7 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     source = torch.randn(2**28 if cuda else 2**20 if quick else 2**24, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"gemm": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    timings = time_variants(runs, device, Repeats())
+    timings = time_variants(runs, device, Repeats(cpu_time=cpu_time))
     copied = 2 * source.numel() * source.element_size()
     return Ceilings(gemm_flops=2 * side**3 / timings["gemm"].median, copy_bytes=copied / timings["copy"].median)
 
@@ -269,6 +280,8 @@ def argument_parser(name: str, description: str | None) -> argparse.ArgumentPars
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes and few repeats: seconds on a laptop")
+    parser.add_argument("--few", action="store_true", help="few repeats, for a slow or busy machine")
+    parser.add_argument("--cpu-time", action="store_true", help="on a busy CPU, with one thread: time of this process")
     parser.add_argument(
         "--output", type=Path, nargs="?", const=RESULTS, help="write a result file into this folder (default: results/)"
     )
@@ -279,6 +292,11 @@ def argument_parser(name: str, description: str | None) -> argparse.ArgumentPars
 def parse_device(args: argparse.Namespace) -> torch.device:
     """The device that a parsed command line names."""
     return torch.device(args.device)
+
+
+def chosen_repeats(args: argparse.Namespace) -> Repeats:
+    """How often a parsed command line wants things repeated."""
+    return replace(FEW_REPEATS if args.tiny or args.few else Repeats(), cpu_time=args.cpu_time)
 
 
 def chosen_attention() -> str:

@@ -24,6 +24,7 @@ from benchmarks.common import (
     Timing,
     argument_parser,
     chosen_attention,
+    chosen_repeats,
     gigabytes,
     measure_ceilings,
     milliseconds,
@@ -32,16 +33,15 @@ from benchmarks.common import (
     require_equal,
     time_variants,
 )
-from benchmarks.layer import by_index
-from benchmarks.models import random_model, random_views
+from benchmarks.gathered import by_index, gathered_projection, gathered_update
+from benchmarks.models import add_preset_option, chosen_model, random_views
 from benchmarks.work_model import Ceilings
-from g2vlm.config import PRESETS
 from g2vlm.generation import Prefix
 from g2vlm.model.attention import AttnPlan, Block, attend
 from g2vlm.model.cache import Rows
 from g2vlm.model.decoder import MoTLayer
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
-from g2vlm.model.rope import apply_rotary, mrope_table
+from g2vlm.model.rope import mrope_table
 from g2vlm.processing import normalise_views, sequence_builder
 from g2vlm.sequence import GeometryViews, PackedSequence, Segment, SemanticImage, Text
 
@@ -50,7 +50,6 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 QUESTION_TOKENS = 16
 SIDES = {"cpu": 4, "cuda": 16}
 """Patches along a side of a view and of an image."""
-FEW = Repeats(warmup=1, rounds=3, seconds=0.5, least=1)
 
 LayerKeys = tuple[Tensor, Tensor]
 
@@ -118,33 +117,12 @@ def official_forward(
     for number, layer in enumerate(model.decoder.layers):
         assert isinstance(layer, MoTLayer)
         cos, sin = mrope_table(positions, config.head_dim, config.rope_theta, config.mrope_sections)
-        q, k, v = _projected(layer, x, cos, sin, indices)
+        q, k, v = gathered_projection(layer, x, cos, sin, indices)
         if cache:
             k, v = torch.cat([cache[number][0], k]), torch.cat([cache[number][1], v])
         new.append((k, v))
-        x = _updated(layer, x, attend(q, k, v, plan), indices)
+        x = gathered_update(layer, x, attend(q, k, v, plan), indices)
     return by_index(x, indices, [model.decoder.geometric_norm, model.decoder.semantic_norm]), new
-
-
-def _projected(
-    layer: MoTLayer, x: Tensor, cos: Tensor, sin: Tensor, indices: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    normed = _each(layer, "input_norm", x, indices)
-    q, k, v = (_each(layer, f"attention.{n}_proj", normed, indices).unflatten(-1, (-1, cos.shape[-1])) for n in "qkv")
-    q, k = (_each(layer, f"attention.{n}_norm", value, indices) for n, value in (("q", q), ("k", k)))
-    return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
-
-
-def _updated(layer: MoTLayer, x: Tensor, attended: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    out = _each(layer, "attention.o_proj", attended.flatten(-2), indices)
-    x = x + _each(layer, "attention_scale", out, indices)
-    out = _each(layer, "mlp", _each(layer, "post_attention_norm", x, indices), indices)
-    return x + _each(layer, "mlp_scale", out, indices)
-
-
-def _each(layer: MoTLayer, name: str, x: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    """x (n, ...) through both experts' module of this name."""
-    return by_index(x, indices, [expert.get_submodule(name) for expert in (layer.geometric, layer.semantic)])
 
 
 @torch.inference_mode()
@@ -291,18 +269,13 @@ def _row(
 def run(args: argparse.Namespace) -> Report:
     """All contexts, from short to long."""
     device = parse_device(args)
-    cuda = device.type == "cuda"
-    preset = args.preset or ("paper_2b" if cuda and not args.tiny else "tiny")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    torch.manual_seed(0)
-    model = random_model(PRESETS[preset](), device, dtype)
+    model, settings = chosen_model(args, device)
     num_tokens = args.tokens or (3 if args.tiny else 64)
     contexts = args.contexts or ([128] if args.tiny else [1024, 8192])
-    ceilings = measure_ceilings(device, args.tiny)
+    ceilings = measure_ceilings(device, args.tiny, args.cpu_time)
     side = SIDES["cpu" if args.tiny else device.type]
-    bench = Bench(model, device, ceilings, FEW if args.tiny else Repeats(), side, num_tokens, args.batch)
-    settings = {"preset": preset, "dtype": str(dtype), "weights": "random", "tolerance": bench.tolerance}
-    settings |= {"side": side, "decoded tokens": num_tokens}
+    bench = Bench(model, device, ceilings, chosen_repeats(args), side, num_tokens, args.batch)
+    settings |= {"tolerance": bench.tolerance, "side": side, "decoded tokens": num_tokens, "CPU time": args.cpu_time}
     report = Report("generate", device, settings, chosen_attention(), ceilings)
     for context in contexts:
         report.rows += measure(bench, context)
@@ -313,7 +286,7 @@ def run(args: argparse.Namespace) -> Report:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare, time and report."""
     parser = argument_parser("generate", __doc__)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: paper_2b on a GPU, else tiny")
+    add_preset_option(parser)
     parser.add_argument("--contexts", type=int, nargs="+", help="tokens before the answer (default: 1024 8192)")
     parser.add_argument("--tokens", type=int, help="tokens that are decoded (default: 64)")
     parser.add_argument("--batch", type=int, default=8, help="rows decoded together in the third variant")

@@ -1,4 +1,5 @@
-"""All that needs a CUDA device, in calls under nine minutes: tests, attention, precision, data, layer, chat, recon.
+"""All that needs a CUDA device, in calls under nine minutes: tests, attention, precision, data, layer, chat,
+training steps, recon.
 
 `python -m benchmarks.gpu` runs the steps in order until its budget is used; the next call goes on where this one
 stopped. A step is done when the output folder or benchmarks/results holds its complete result for these sources. No
@@ -47,6 +48,7 @@ STEPS = (
     Step("data", ("benchmarks.data",), 30),
     Step("layer", ("benchmarks.layer",), 60),
     Step("generate", ("benchmarks.generate",), 60),
+    Step("train_step", ("benchmarks.train_step",), 120),
     Step("recon_224", ("benchmarks.recon", "--sizes", "224", "--name", "recon_224"), 60, takes_budget=True),
     Step("recon_518", ("benchmarks.recon", "--sizes", "518", "--name", "recon_518"), 60, takes_budget=True),
 )

@@ -1,7 +1,7 @@
 """One Mixture-of-Transformers layer three ways: what contiguous expert segments save over gathering by index.
 
-`segments` is the model's layer. `gather` keeps the tokens interleaved as the released structure does: every projection,
-norm, residual scale and MLP zero-fills its output, reads each expert's rows by index and writes them back by index.
+`segments` is the model's layer. `gather` keeps the tokens interleaved as the released structure does
+(`benchmarks.gathered`).
 `dense` sends all tokens through one expert: another function, timed only, as the lower bound.
 
 All tokens attend to all, as the views of a reconstruction do.
@@ -22,6 +22,7 @@ from benchmarks.common import (
     Timing,
     argument_parser,
     chosen_attention,
+    chosen_repeats,
     gigabytes,
     measure_ceilings,
     milliseconds,
@@ -30,10 +31,12 @@ from benchmarks.common import (
     require_equal,
     time_variants,
 )
+from benchmarks.gathered import gathered_projection, gathered_update
+from benchmarks.models import chosen_dtype
 from g2vlm.config import DecoderConfig
 from g2vlm.model.attention import AttnPlan, Block, attend
 from g2vlm.model.decoder import MoTLayer
-from g2vlm.model.rope import apply_rotary, mrope_table
+from g2vlm.model.rope import mrope_table
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest relative error of outputs and gradients between `gather` and `segments`: they add in another order."""
@@ -140,28 +143,9 @@ def dense(case: Case, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gather(case: Case, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Interleaved tokens: one gather and one scatter per expert around every step that has weights."""
-    geometric, semantic = case.layer.geometric, case.layer.semantic
-
-    def each(x: Tensor, name: str) -> Tensor:
-        indices, modules = (case.geometric, case.semantic), (geometric, semantic)
-        return by_index(x, indices, [module.get_submodule(name) for module in modules])
-
-    normed = each(tokens, "input_norm")
-    q, k, v = (each(normed, f"attention.{x}_proj").unflatten(-1, (-1, cos.shape[-1])) for x in "qkv")
-    q = apply_rotary(each(q, "attention.q_norm"), cos, sin)
-    k = apply_rotary(each(k, "attention.k_norm"), cos, sin)
-    attended = attend(q, k, v, case.plan).flatten(-2)
-    tokens = tokens + each(each(attended, "attention.o_proj"), "attention_scale")
-    return tokens + each(each(each(tokens, "post_attention_norm"), "mlp"), "mlp_scale")
-
-
-def by_index(x: Tensor, indices: Sequence[Tensor], modules: Sequence[nn.Module]) -> Tensor:
-    """x (T, ...) -> (T, ...), the rows of each index through its own module."""
-    rows = [module(x[index]) for index, module in zip(indices, modules, strict=True)]
-    out = x.new_zeros(x.shape[0], *rows[0].shape[1:])
-    for index, values in zip(indices, rows, strict=True):
-        out[index] = values
-    return out
+    indices = case.geometric, case.semantic
+    q, k, v = gathered_projection(case.layer, tokens, cos, sin, indices)
+    return gathered_update(case.layer, tokens, attend(q, k, v, case.plan), indices)
 
 
 Variant = Callable[[Case, Tensor, Tensor, Tensor], Tensor]
@@ -250,11 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     args = parser.parse_args(arguments)
     device = parse_device(args)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, args.dtype) if args.dtype else chosen_dtype(device)
     sizes = TINY_SIZES if args.tiny else GPU_SIZES if device.type == "cuda" else CPU_SIZES
-    repeats = Repeats(1, 3, 1.0) if args.tiny else Repeats()
-    report = Report("layer", device, {"dtype": str(dtype), "tolerance": TOLERANCES[dtype]}, chosen_attention())
-    report.ceilings = measure_ceilings(device, args.tiny)
+    repeats = chosen_repeats(args)
+    settings = {"dtype": str(dtype), "tolerance": TOLERANCES[dtype], "CPU time": args.cpu_time}
+    report = Report("layer", device, settings, chosen_attention())
+    report.ceilings = measure_ceilings(device, args.tiny, args.cpu_time)
     for size in sizes:
         report.rows += measure(size, device, dtype, repeats)
     report.publish(args.output, args.note)

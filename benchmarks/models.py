@@ -1,13 +1,40 @@
 """Models with random weights, made on the device that runs them."""
 
+import argparse
+
 import torch
 from torch import Tensor
 
-from g2vlm.config import G2VLMConfig
+from g2vlm.config import PRESETS, G2VLMConfig
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from geometry import GeometryPrediction
 
 FLOAT32_PARTS = tuple(f"heads.{name}." for name in G2VLMForConditionalGeneration._keep_in_fp32_modules_strict or ())
+
+
+def add_preset_option(parser: argparse.ArgumentParser) -> None:
+    """Let the command line choose the model."""
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: paper_2b on a GPU, else tiny")
+
+
+def chosen_preset(args: argparse.Namespace, device: torch.device) -> str:
+    """The preset that a parsed command line names."""
+    return args.preset or ("paper_2b" if device.type == "cuda" and not args.tiny else "tiny")
+
+
+def chosen_dtype(device: torch.device) -> torch.dtype:
+    """Of weights that are not trained: bfloat16 on a GPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def chosen_model(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[G2VLMForConditionalGeneration, dict[str, object]]:
+    """The model that a parsed command line names, equal in every run, and what a result says about it."""
+    preset, dtype = chosen_preset(args, device), chosen_dtype(device)
+    torch.manual_seed(0)
+    settings: dict[str, object] = {"preset": preset, "dtype": str(dtype), "weights": "random"}
+    return random_model(PRESETS[preset](), device, dtype), settings
 
 
 def random_model(config: G2VLMConfig, device: torch.device, dtype: torch.dtype) -> G2VLMForConditionalGeneration:

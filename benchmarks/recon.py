@@ -20,6 +20,7 @@ from benchmarks.common import (
     argument_parser,
     available_bytes,
     chosen_attention,
+    chosen_repeats,
     gigabytes,
     measure_ceilings,
     milliseconds,
@@ -29,7 +30,7 @@ from benchmarks.common import (
     time_once,
     time_variants,
 )
-from benchmarks.models import prediction_tensors, random_model, random_views
+from benchmarks.models import add_preset_option, chosen_model, prediction_tensors, random_views
 from benchmarks.work_model import (
     Ceilings,
     Workload,
@@ -39,7 +40,7 @@ from benchmarks.work_model import (
     roofline_seconds,
     total_flops,
 )
-from g2vlm.config import PRESETS, G2VLMConfig
+from g2vlm.config import G2VLMConfig
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processing import recon_inputs
 from geometry import GeometryPrediction
@@ -162,14 +163,10 @@ def run(args: argparse.Namespace) -> Report:
     """Sweep over the cases until all are done or the budget is used."""
     deadline = time.perf_counter() + args.budget_seconds
     device = parse_device(args)
-    cuda = device.type == "cuda"
-    preset = args.preset or ("paper_2b" if cuda and not args.tiny else "tiny")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    torch.manual_seed(0)
-    model = random_model(PRESETS[preset](), device, dtype)
-    repeats = Repeats(1, 3, 0.5, 1) if args.tiny else Repeats()
-    sweep = Sweep(model, device, measure_ceilings(device, args.tiny), repeats, deadline)
-    settings = {"preset": preset, "dtype": str(dtype), "weights": "random", "tolerance": TOLERANCES[dtype]}
+    model, settings = chosen_model(args, device)
+    repeats = chosen_repeats(args)
+    sweep = Sweep(model, device, measure_ceilings(device, args.tiny, args.cpu_time), repeats, deadline)
+    settings |= {"tolerance": TOLERANCES[model.embed_tokens.weight.dtype], "CPU time": args.cpu_time}
     report = Report(args.name, device, settings, chosen_attention(), sweep.ceilings)
     for work in workloads(args, device, 1 + len(sweep.config.tokens.recon_prompt)):
         memory, seconds = sweep.lack_of_memory(work), sweep.lack_of_time(work)
@@ -185,7 +182,7 @@ def run(args: argparse.Namespace) -> Report:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Sweep and report."""
     parser = argument_parser("recon", __doc__)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: paper_2b on a GPU, else tiny")
+    add_preset_option(parser)
     parser.add_argument("--views", type=int, nargs="+")
     parser.add_argument("--sizes", type=int, nargs="+", help="sides of the square views in pixels")
     parser.add_argument("--budget-seconds", type=float, default=480)

@@ -34,7 +34,8 @@ class Workload:
         images: patch grids of the semantic images after the views.
         question_tokens: causal text at the end.
         num_logits: tokens at which the language head runs.
-        global_points: run the auxiliary global-point decoder (training).
+        geometry: run the geometry heads.
+        global_points: run the auxiliary global-point decoder (training); needs `geometry`.
     """
 
     num_views: int
@@ -45,6 +46,7 @@ class Workload:
     images: tuple[Grid, ...] = ()
     question_tokens: int = 0
     num_logits: int = 0
+    geometry: bool = True
     global_points: bool = False
 
     @property
@@ -105,6 +107,7 @@ def forward_flops(config: G2VLMConfig, work: Workload) -> dict[str, Flops]:
     dim = config.hidden_size
     grid = work.grid(config.geometry_encoder.patch_size)
     patches = work.num_views * math.prod(grid)
+    decoded = work.num_views if work.geometry else 0
     global_points = config.heads.global_points and work.global_points
     return {
         "embedding": Flops(),
@@ -112,9 +115,9 @@ def forward_flops(config: G2VLMConfig, work: Workload) -> dict[str, Flops]:
         "geometry_encoder": _geometry_encoder_flops(config, work.num_views, grid),
         "projection": _linear(patches, _geometry_width(config), dim),
         "decoder": decoder_flops(config, attention_plan(config, work)),
-        "frame_decoders": _frame_decoders_flops(config, work.num_views, math.prod(grid)),
-        "global_points": _global_points_flops(config, work.num_views, math.prod(grid)) if global_points else Flops(),
-        "heads": _heads_flops(config, work.num_views, math.prod(grid)),
+        "frame_decoders": _frame_decoders_flops(config, decoded, math.prod(grid)),
+        "global_points": _global_points_flops(config, decoded, math.prod(grid)) if global_points else Flops(),
+        "heads": _heads_flops(config, decoded, math.prod(grid)),
         "lm_head": _linear(work.num_logits, dim, config.vocab_size),
     }
 

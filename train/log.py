@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from g2vlm.errors import MissingExtra
+from g2vlm.model.attention.health import SATURATED, AttentionHealth
 from g2vlm.provenance import commit_of
 from g2vlm.staging import write_errors
 from train.config import RunConfig, plain, save_config
@@ -67,6 +68,25 @@ class RunLog:
         if self.active:
             log.info("validation at step %d: %s", step, _terms(terms))
 
+    def attention(self, step: int, health: AttentionHealth) -> None:
+        """One line of log.jsonl, with every layer; one of the console, with the largest logits of all layers."""
+        largest = {pair: [layer.get(pair) for layer in health.largest_logits] for pair in health.largest}
+        values = {"largest_logits": largest, "entropy": health.entropy, "uniform_entropy": health.uniform_entropy}
+        self._append("log.jsonl", {"schema": SCHEMA, "kind": "attention", "step": step, **values})
+        logits = {pair: value for pair, (value, _) in health.largest.items()}
+        self._plot("attention", step, {**logits, "relative_entropy": health.relative_entropy})
+        if not self.active:
+            return
+        told = "  ".join(f"{_short(pair)} {value:.1f}" for pair, value in logits.items())
+        entropy = health.relative_entropy
+        log.info("attention at step %d: largest logits %s; entropy %.2f of its maximum", step, told, entropy)
+        for pair, (value, layer) in health.saturated.items():
+            log.warning(
+                "attention may be saturated: a logit of %s is %.1f in layer %d, above %.0f; if its entropy is low as "
+                "well, little gradient passes there, and the experts' keys may need scales of their own",
+                _short(pair), value, layer, SATURATED,
+            )  # fmt: skip
+
     def speed(self, step: int, values: Mapping[str, float]) -> None:
         """One line of speed.jsonl."""
         self._append("speed.jsonl", {"schema": SCHEMA, "step": step, **values})
@@ -99,10 +119,11 @@ def _board(folder: Path, done: int) -> Any:
 
 
 def _keep(file: Path, done: int) -> None:
-    """Keep the lines up to a step; a line torn by a kill goes too."""
+    """Keep the lines up to a step, none of a run that starts anew; a line torn by a kill goes too."""
     if not file.is_file():
         return
-    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if _step(line) <= done]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if done else []
+    kept = [line for line in lines if _step(line) <= done]
     shorter = file.with_suffix(".partial")
     shorter.write_text("".join(kept), encoding="utf-8")
     shorter.replace(file)
@@ -154,6 +175,11 @@ class Console:
         )  # fmt: skip
         self.waited, self.work, self.count, self.since = 0.0, 0, 0, now
         return rates
+
+
+def _short(pair: str) -> str:
+    """geometric_semantic -> geo>sem"""
+    return ">".join(expert[:3] for expert in pair.split("_"))
 
 
 def _terms(terms: Mapping[str, float]) -> str:

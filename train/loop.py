@@ -15,6 +15,7 @@ import torch
 
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError, Stopped, TrainingAborted
+from g2vlm.model.attention.health import watch_attention
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import staged_folder, write_errors
 from g2vlm.weights import read_json
@@ -142,6 +143,8 @@ class Run:
     def train(self, asked: threading.Event) -> None:
         """All remaining steps, then the finished model."""
         runtime = self.config.runtime
+        if not self.done:
+            self.measure_attention()
         console = Console(runtime.steps, runtime.log_every, self.data.unit)
         loaded = self.data.batches(range(self.done, runtime.steps), self.place, runtime.workers)
         while self.done < runtime.steps:
@@ -180,8 +183,10 @@ class Run:
             self.log.speed(self.done, rates)
         self.guard.check_step(self.done, result.dropped)
         self.guard.check_scenes(loaded.asked + result.bad, result.bad)
-        if self.validation is not None and (_due(self.done, runtime.validate_every) or self.done == runtime.steps):
-            self.validate(self.validation)
+        if _due(self.done, runtime.validate_every) or self.done == runtime.steps:
+            if self.validation is not None:
+                self.validate(self.validation)
+            self.measure_attention()
         return result.stop
 
     def validate(self, data: Feed) -> None:
@@ -200,6 +205,17 @@ class Run:
                     save_picture(output.geometry[0].to("cpu"), truth.to("cpu"), file)
         self.trainer.model.train()
         self.log.validation(self.done, {name: sum(values) / len(values) for name, values in results.items()})
+
+    @torch.no_grad()
+    def measure_attention(self) -> None:
+        """Logits and entropy of attention on the first batch of the validation, or of the training without one."""
+        data = self.data if self.validation is None else self.validation
+        loaded = next(data.batches(range(1), 0, workers=0))
+        self.trainer.model.eval()
+        with watch_attention(self.model.decoder) as health:
+            self.trainer.model(**data.inputs(loaded.batch.to(self.trainer.engine.device), 0))
+        self.trainer.model.train()
+        self.log.attention(self.done, health)
 
     def save(self) -> None:
         """A checkpoint of the steps done."""

@@ -53,6 +53,14 @@ def test_slow_variants_stop_early_but_not_before_the_least() -> None:
     assert len(time_variants(runs, CPU, Repeats(0, rounds=50, seconds=0.0, least=4))["slow"].seconds) == 4
 
 
+def test_the_time_of_this_process_leaves_out_waiting() -> None:
+    runs = {"waits": lambda: time.sleep(0.05)}
+    (waited,), (computed,) = (
+        time_variants(runs, CPU, Repeats(0, rounds=1, cpu_time=cpu_time))["waits"].seconds for cpu_time in (False, True)
+    )
+    assert computed < 0.04 < waited
+
+
 def test_median_and_spread() -> None:
     timing = Timing((1.0, 2.0, 3.0, 4.0, 50.0))
     assert timing.median == 3

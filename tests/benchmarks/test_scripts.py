@@ -13,10 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, data, generate, gpu, gpu_tests, layer, precision, recon
+from benchmarks import attention, data, generate, gpu, gpu_tests, layer, precision, recon, train_step
 from benchmarks.common import OutputsDiffer
+from g2vlm.config import G2VLMConfig
 from g2vlm.model import attention as model_attention
 from g2vlm.model.attention import registry
+from g2vlm.model.decoder import MoTLayer
+from train import engine as engines
+from train.config import load_config
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +78,9 @@ def test_recon_names_what_the_budget_leaves_out(tmp_path: Path) -> None:
 
 def test_recon_skips_what_will_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recon, "available_bytes", lambda device: 1000)
-    settings = Namespace(device="cpu", tiny=True, preset=None, sizes=[28], views=[1], budget_seconds=60, name="recon")
+    settings = Namespace(
+        device="cpu", tiny=True, cpu_time=False, preset=None, sizes=[28], views=[1], budget_seconds=60, name="recon"
+    )
     report = recon.run(settings)
     assert report.rows == []
     assert "0.0 GB are free" in report.not_run[0]
@@ -133,6 +139,63 @@ def test_a_wrong_chat_is_not_timed(monkeypatch: pytest.MonkeyPatch, part: str, m
     monkeypatch.setattr(generate, "official_forward", wrong)
     with pytest.raises(OutputsDiffer, match=message):
         generate.main(["--cpu", "--tiny", "--contexts", "40"])
+
+
+def test_train_step(tmp_path: Path) -> None:
+    train_step.main(["--cpu", "--tiny", "--output", str(tmp_path)])
+    found = result(tmp_path, "train_step")
+    rows = {(row["step"], row["variant"]): row for row in found["rows"]}
+    steps = [("stage 1", "trained"), ("CE", "no_grad"), ("CE", "differentiated")]
+    assert [*rows] == [*steps, ("CE + CE", "trained"), ("VG + CE", "trained")]
+    assert all(row["tokens/s"] > 0 and row["MFU %"] > 0 for row in rows.values())
+    assert rows["stage 1", "trained"]["tokens"] == 2 * 6 + 1 + 6  # a bos and six tokens of the prompt
+    cut, through = rows["CE", "no_grad"], rows["CE", "differentiated"]
+    assert cut["tokens"] == 30 + 6 + 6 + 271
+    assert cut["TFLOP"] <= through["TFLOP"]
+    assert cut["kept GB"] <= through["kept GB"]
+
+
+def test_a_differentiated_frozen_expert_keeps_more() -> None:
+    with engines.engine("ddp", "cpu") as alone:
+        case = train_step.make_case("CE", train_step.CONFIGS / "tiny_stage2.yaml", "tiny", alone, tiny=True)
+        few, many = (train_step.kept_bytes(case, variant) for variant in train_step.variants(case).values())
+        assert few < many
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_differentiated_frozen_expert_answers_alike(name: str) -> None:
+    """Under the engine of GPUs as well, where it then takes a step."""
+    with engines.engine(name, "cpu") as alone:
+        case = train_step.make_case("CE", train_step.CONFIGS / "tiny_stage2.yaml", "tiny", alone, tiny=True)
+        ways = [*train_step.variants(case).values()]
+        ((logits,), (others,)) = (case.logits(variant) for variant in ways)
+        torch.testing.assert_close(logits, others)
+        assert case.flops() < case.flops(cut=False)
+        case.step(ways[1])
+
+
+def test_a_wrong_differentiated_expert_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MoTLayer._forward_frozen
+
+    def wrong(*arguments):
+        geometry, semantic = right(*arguments)
+        return geometry, 1.5 * semantic + 0.5
+
+    monkeypatch.setattr(MoTLayer, "_forward_frozen", wrong)
+    with pytest.raises(OutputsDiffer, match="differentiated frozen expert"):
+        train_step.main(["--cpu", "--tiny", "--steps", "CE"])
+
+
+def test_sizes_of_the_paper_s_steps() -> None:
+    """One scene of 24 views a process; two questions about eight views and images in a pack."""
+    config = G2VLMConfig.paper_2b()
+    model = Namespace(config=config)
+    files = {name: load_config(train_step.CONFIGS / f"{file}.yaml") for name, file in train_step.STEPS.items()}
+    work, count = train_step.scene_work(files["stage 1"], model, False)
+    assert (work.num_views, work.height, work.global_points, count) == (24, 518, True, 1)
+    for name, geometry in (("CE", False), ("CE + CE", False), ("VG + CE", True)):
+        work, count = train_step.chat_work(files[name], model, False)
+        assert (work.num_views, work.images, work.geometry, count) == (8, ((54, 54),) * 8, geometry, 2)
 
 
 def test_precision(tmp_path: Path) -> None:

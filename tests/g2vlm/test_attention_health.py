@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from g2vlm.model.attention import health
-from g2vlm.model.attention.health import PAIRS, attention_statistics, watch_attention
+from g2vlm.model.attention import AttnPlan, Block, health
+from g2vlm.model.attention.health import PAIRS, AttentionHealth, attention_statistics, watch_attention
 from g2vlm.processing import sequence_builder
 from tests.g2vlm.chats import CHATS, KINDS, PACKS, chat_model, pack_inputs
 from tests.g2vlm.packs import BUILDERS
@@ -68,6 +70,37 @@ def test_saturated_attention_shows() -> None:
     for pair in PAIRS[2:]:
         assert second[pair] == first[pair]
     assert after.entropy[0] < 0.8 * before.entropy[0]
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=list(BUILDERS))
+def test_half_precision_is_measured_in_single(builder) -> None:
+    """Queries and keys are rounded to bfloat16; logits and entropy of the rounded ones are not."""
+    packed = builder.build(PLANS["chat"])
+    q, k = (torch.randn(packed.num_tokens, heads, 16).bfloat16() * 3 for heads in (4, 2))
+    found = attention_statistics(q, k, packed.plan, packed.num_geometry)
+    expected = attention_statistics(q.float(), k.float(), packed.plan, packed.num_geometry)
+    assert found == expected
+
+
+def test_summary_over_layers() -> None:
+    geo_geo, geo_sem, *_, sem_sem = PAIRS
+    health = AttentionHealth(
+        [{geo_geo: 1.0, sem_sem: 50.0}, {geo_geo: 3.0, sem_sem: 50.5}, {geo_geo: -2.0}], [1.0, 1.0, 0.4], [2.0] * 3
+    )
+    assert health.largest == {geo_geo: (3.0, 1), sem_sem: (50.5, 1)}
+    assert health.saturated == {sem_sem: (50.5, 1)}
+    assert health.relative_entropy == pytest.approx(0.4)
+    assert AttentionHealth([{}], [0.0], [0.0]).relative_entropy == 1
+    broken = AttentionHealth([{geo_sem: float("nan")}, {geo_sem: 1.0}], [1.0], [1.0])
+    assert [*broken.saturated] == [geo_sem]
+
+
+def test_numbers_that_are_none_show() -> None:
+    q = torch.full((3, 2, 4), torch.nan)
+    plan = AttnPlan((Block((0, 3), ((0, 3),), causal=True),), 3, 3)
+    largest, entropy, _ = attention_statistics(q, q, plan, 0)
+    assert math.isnan(largest[PAIRS[3]])
+    assert math.isnan(entropy)
 
 
 def test_a_text_has_one_pair_and_a_cache_is_refused() -> None:

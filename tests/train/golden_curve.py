@@ -46,7 +46,8 @@ def curve() -> list[dict[str, float]]:
         asked = config()
         train(asked, alone, Path(folder), open_source(asked.data.source))
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if isinstance(value, float)} for line in lines]
+    steps = [line for line in lines if line["kind"] == "step"]
+    return [{name: value for name, value in line.items() if isinstance(value, float)} for line in steps]
 
 
 @contextmanager

@@ -147,6 +147,15 @@ def poisoned_run(rank: int, folder: Path) -> dict[str, Any]:
     return {"code": 0, "told": ""}
 
 
+def logged_run(engine: Any, folder: Path) -> None:
+    """A run of two steps with a validation and a checkpoint."""
+    config = mini_run(2)
+    loop.train(
+        replace(config, data=replace(config.data, scenes_multiple_of=WORLD)),
+        engine, folder, BoxRooms(), BoxRooms(num_scenes=2),
+    )  # fmt: skip
+
+
 def process(rank: int, ports: dict[str, int], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -166,6 +175,7 @@ def train_with(name: str, rank: int, folder: Path) -> None:
         report["resumed"] = saved_and_resumed(engine, trainer, model, folder / "checkpoints")
         trainer, model = mini_trainer(engine)
         report |= on_bad_batches(trainer, model, rank)
+        logged_run(engine, folder / "run")
         state = trainer.optimizer.state
         report["sharded"] = any(isinstance(p, DTensor) for p in state)
         torch.save(report, folder / f"{rank}.pt")
@@ -216,13 +226,33 @@ def test_two_ranks_are_one(name: str, reports: dict[str, list[dict[str, Any]]]) 
         assert torch.equal(joined[0]["weights"][key], joined[1]["weights"][key]), key
 
 
+def test_attention_is_logged_once_and_alike(folder: Path, reports: dict[str, Any], tmp_path: Path) -> None:
+    """By rank 0, about its own batch, which is one of two scenes."""
+    with engines.engine("ddp", "cpu") as alone:
+        logged_run(alone, tmp_path)
+    logs = [
+        [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        for place in (tmp_path, *(folder / name / "run" for name in ENGINES))
+    ]
+    for log in logs:
+        assert [(line["kind"], line["step"]) for line in log] == [
+            ("attention", 0), ("step", 1), ("step", 2), ("validation", 2), ("attention", 2),
+        ]  # fmt: skip
+    whole, *halves = ([line for line in log if line["kind"] == "attention"] for log in logs)
+    for one, other, both in zip(*halves, whole, strict=True):
+        assert one["entropy"] == pytest.approx(other["entropy"], rel=1e-4)
+        for pair, values in both["largest_logits"].items():
+            assert one["largest_logits"][pair] == pytest.approx(other["largest_logits"][pair], rel=1e-4)
+            assert all(a <= b * 1.0001 for a, b in zip(one["largest_logits"][pair], values, strict=True))
+
+
 def test_bad_numbers_are_skipped_on_all_ranks_and_end_the_run(folder: Path, reports: dict[str, Any]) -> None:
     """In a loss, a gradient or a sample, of either rank."""
     for report in reports["guard"]:
         assert report["code"] == TrainingAborted.code == 6
         assert "training stopped at step 10: 6 of the last 10 steps were dropped, 3 in a row" in report["told"]
     log = [json.loads(line) for line in (folder / "guard/run/log.jsonl").read_text().splitlines()]
-    assert {line["step"]: line["dropped"] for line in log} == {
+    assert {line["step"]: line["dropped"] for line in log if line["kind"] == "step"} == {
         step: "nonfinite" if step in POISON else None for step in range(1, 11)
     }
     checkpoints = Checkpoints(folder / "guard/run/checkpoints")

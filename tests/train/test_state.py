@@ -47,7 +47,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
-    assert {"loss", "points", "rotation", "lr", "grad_norm", "dropped", "views", "size"} <= lines[0].keys()
+    assert [line["step"] for line in lines if line["kind"] == "attention"] == [0, 3, 6]
+    assert {"loss", "points", "rotation", "lr", "grad_norm", "dropped", "views", "size"} <= lines[1].keys()
     assert not list(finished.rglob(".*"))
     pictures = sorted((finished / "validation").iterdir())
     assert [picture.name for picture in pictures] == ["step-00000003.png", "step-00000006.png"]

@@ -127,7 +127,7 @@ def kill_at_random(folder: Path, steps: int, moments: random.Random) -> None:
     """Go on with a run and kill it three to five steps later, at any moment of a step."""
     before, done = inode(folder / "log.jsonl"), max(Checkpoints(folder / "checkpoints").steps(), default=0)
     process = start(folder, steps)
-    lines = done + sum(step % VALIDATE_EVERY == 0 for step in range(1, done + 1))
+    lines = 1 + done + 2 * sum(step % VALIDATE_EVERY == 0 for step in range(1, done + 1))  # with those about attention
     wait_for_steps(folder, process, lines + moments.randint(3, 5), before)
     time.sleep(moments.random() * 0.05)
     process.kill()

@@ -3,7 +3,7 @@
 T frames, H, W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,22 +42,45 @@ def video_size(path: Path) -> tuple[int, int]:
 
 
 def read_frames(path: Path, count: int) -> list[np.ndarray]:
-    """`count` frames (H, W, 3) uint8 RGB at evenly spread times of a video file; errors as in `video_size`."""
+    """`count` frames (H, W, 3) uint8 RGB at evenly spread times of a video file; errors as in `video_size`.
+
+    A bare stream that knows neither its length nor the times of its frames is decoded twice, and its frames are taken
+    as evenly spread in time.
+    """
     with _opened(path) as container:
         stream = container.streams.video[0]
         end = float((stream.duration or 0) * (stream.time_base or 0)) or float(container.duration or 0) / 1e6
-        first, wanted = stream.start_time or 0, [end * (i + 0.5) / count for i in range(count)]
-        found: list[np.ndarray] = []
-        last: Any = None
-        for frame in container.decode(stream):
-            last = frame
-            while len(found) < count and float((frame.pts - first) * stream.time_base) >= wanted[len(found)]:
-                found.append(frame.to_ndarray(format="rgb24"))
-            if len(found) == count:
-                break
-        if last is None:
-            raise InputError(f"cannot read video  {path}", "it holds no frame", "remove or replace it")
-        return found + [last.to_ndarray(format="rgb24")] * (count - len(found))
+        first, unit = stream.start_time or 0, stream.time_base
+        timed = (
+            (float((frame.pts - first) * unit), frame) for frame in container.decode(stream) if frame.pts is not None
+        )
+        found = _shown(timed, end, count) if end > 0 else []
+    return found or _read_untimed(path, count)
+
+
+def _read_untimed(path: Path, count: int) -> list[np.ndarray]:
+    with _opened(path) as container:
+        total = sum(1 for _ in container.decode(video=0))
+    with _opened(path) as container:
+        found = _shown(enumerate(container.decode(video=0)), total, count)
+    if not found:
+        raise InputError(f"cannot read video  {path}", "it holds no frame", "remove or replace it")
+    return found
+
+
+def _shown(timed: Iterable[tuple[float, Any]], end: float, count: int) -> list[np.ndarray]:
+    """What is on the screen in the middle of each of `count` equal parts of a video; nothing of one without frames."""
+    wanted = [end * (i + 0.5) / count for i in range(count)]
+    found: list[np.ndarray] = []
+    on_screen: Any = None
+    for time, frame in timed:
+        on_screen = on_screen or frame
+        while len(found) < count and time > wanted[len(found)]:
+            found.append(on_screen.to_ndarray(format="rgb24"))
+        on_screen = frame
+        if len(found) == count:
+            break
+    return found + [on_screen.to_ndarray(format="rgb24")] * (count - len(found)) if on_screen else []
 
 
 @contextmanager

@@ -4,6 +4,7 @@ The two experts scale their queries and keys on their own, with or without a nor
 the others saturates the shared softmax; an entropy near 0 means that queries look at single keys.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +16,19 @@ from torch import Tensor, nn
 
 from g2vlm.model.attention.plan import AttnPlan, Block
 
-ROWS = 1024
-"""Queries whose logits exist at one time."""
+ROWS = 256
+"""Queries whose logits exist at one time: half a gigabyte for 12 heads and a pack of 40,960 tokens."""
 
 PAIRS = ("geometric_geometric", "geometric_semantic", "semantic_geometric", "semantic_semantic")
 """Query expert, then key expert."""
+
+SATURATED = 50.0
+"""Largest logit above which attention may pass no gradient any more.
+
+A key with logit L among n keys with logits near 0 gets all weight but n exp(-L). With n = 40,960 tokens float32
+cannot tell that weight from 1 once L > 27, and the gradient of the softmax is 0. Other keys of a query are seldom near
+0, so this is about twice as much; Gemma 2 caps its attention logits at the same value.
+"""
 
 
 @dataclass
@@ -36,6 +45,30 @@ class AttentionHealth:
     largest_logits: list[dict[str, float]] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     uniform_entropy: list[float] = field(default_factory=list)
+
+    @property
+    def largest(self) -> dict[str, tuple[float, int]]:
+        """By pair of experts that meets: the largest logit of all layers, and its layer; what is no number wins."""
+        seen = {
+            pair: [(layer[pair], number) for number, layer in enumerate(self.largest_logits) if pair in layer]
+            for pair in PAIRS
+        }
+        return {
+            pair: max(values, key=lambda found: math.inf if math.isnan(found[0]) else found[0])
+            for pair, values in seen.items()
+            if values
+        }
+
+    @property
+    def relative_entropy(self) -> float:
+        """Mean entropy over its largest possible value, over all layers; 1 if no query has a choice."""
+        possible = sum(self.uniform_entropy)
+        return sum(self.entropy) / possible if possible else 1.0
+
+    @property
+    def saturated(self) -> dict[str, tuple[float, int]]:
+        """Those of `largest` that are above `SATURATED`, or no number."""
+        return {pair: found for pair, found in self.largest.items() if not found[0] <= SATURATED}
 
 
 @contextmanager
@@ -114,7 +147,7 @@ def attention_statistics(
             _raise_to(largest, logits, torch.arange(rows.start, rows.stop, device=q.device), places, num_geometry)
             entropy += torch.special.entr(logits.softmax(dim=-1)).sum(dtype=torch.float64)
             uniform += float(allowed.sum(dim=-1).double().log().sum())
-    found = {name: float(value) for name, value in zip(PAIRS, largest.flatten(), strict=True) if value > -torch.inf}
+    found = {name: float(value) for name, value in zip(PAIRS, largest.flatten(), strict=True) if value != -torch.inf}
     return found, float(entropy) / (q.shape[0] * q.shape[1]), uniform / q.shape[0]
 
 
