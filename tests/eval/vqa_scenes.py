@@ -78,8 +78,13 @@ def replying(model: ChatModel, reply: Callable[[Question], str]) -> Iterator[lis
     """Let a function answer in place of the model; gives what the model was shown."""
     shown: list[Seen] = []
 
-    def prefill(_: object, segments: Sequence[Any], views: Any, pixel_values: Any, **rest: object) -> Any:
-        shown.append(Seen(segments, views, pixel_values))
+    def prefill(_: object, segments: Sequence[Any], views: Any, pixel_values: Any, **rest: Any) -> Any:
+        opened = [] if rest["after"] is None else [rest["after"].sequence]
+        before = [segment for seen in opened for segment in seen.segments]
+        shown[:] = [seen for seen in shown if not any(seen is one for one in opened)]
+        shown.append(
+            Seen([*before, *segments], [*(view for seen in opened for view in seen.views), *views], pixel_values)
+        )
         return generation.Prefix(shown[-1], None)  # pyright: ignore[reportArgumentType]
 
     def answer(_: object, prefix: Any, continuations: Sequence[Any], *rest: object) -> list[Answer]:

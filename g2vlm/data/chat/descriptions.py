@@ -25,8 +25,8 @@ from g2vlm.prompts import place_images
 
 GRID = 3
 """Rows and columns of the cells that a description names."""
-MOST_TEXT = 260
-"""Tokens that packs reserve for what is said about a view."""
+MOST_TEXT, MOST_APART = 180, 75
+"""Tokens that packs reserve for what is said about a view; where views are shown apart, there is less of it."""
 
 
 class RoomDescriptions:
@@ -61,7 +61,8 @@ class RoomDescriptions:
 
     def shape(self, index: int, seed: int) -> ChatShape:
         """Everything but the text."""
-        return self.showing.shape(seed, OPENING + self.showing.request(seed).num_views * MOST_TEXT)
+        most = MOST_APART if self.apart else MOST_TEXT
+        return self.showing.shape(seed, OPENING + self.showing.request(seed).num_views * most)
 
     def load(self, index: int, seed: int) -> ChatSample:
         """A room and what can be said about its views."""

@@ -3,36 +3,63 @@
 Shape legend: n queries and m keys of one block, Hq query heads, Hkv key heads, D width of a head.
 """
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from g2vlm.model.attention.plan import AttnPlan, Block, Range
+from g2vlm.model.attention.plan import AttnPlan, Range
 
 TILE_ROWS = 256
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttnPlan, scale: float) -> Tensor:
     """Attention of q (Sq, Hq, D) over k, v (Sk, Hkv, D); a block with one key range works on views of them."""
-    outputs = [_attend_block(q, k, v, block, scale) for block in plan.blocks]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    seen = [span for block in plan.blocks for span in block.key_ranges]
+    queries, keys, values = _rows(q, [block.q_range for block in plan.blocks]), _rows(k, seen), _rows(v, seen)
+    outputs, place = [], 0
+    for block, query in zip(plan.blocks, queries, strict=True):
+        own = slice(place, place := place + len(block.key_ranges))
+        outputs.append(_attend_block(query, _joined(keys[own]), _joined(values[own]), block.causal, scale))
+    return _joined(outputs)
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Tensor:
-    query = _rows(q, (block.q_range,))  # (1, Hq, n, D)
-    key, value = _rows(k, block.key_ranges), _rows(v, block.key_ranges)  # (1, Hkv, m, D)
-    if block.causal and block.num_queries > 1:
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
+    """Queries (n, Hq, D), keys and values (m, Hkv, D) -> (n, Hq, D)."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    if causal and query.shape[2] > 1:
         out = _causal(query, key, value, scale)
     else:
         out = _unmasked(query, key, value, scale)
-    return out[0].transpose(0, 1)  # (n, Hq, D)
+    return out[0].transpose(0, 1)
 
 
-def _rows(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
-    parts = [x[start:stop] for start, stop in ranges]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return joined.transpose(0, 1)[None]
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def _rows(x: Tensor, ranges: Sequence[Range]) -> tuple[Tensor, ...]:
+    """Views of rows, which may overlap."""
+    return cast(tuple[Tensor, ...], _Rows.apply(x, ranges))
+
+
+class _Rows(torch.autograd.Function):
+    """Slices whose gradients are added into one tensor; those of torch fill one of full length for every slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranges: Sequence[Range]) -> tuple[Tensor, ...]:
+        ctx.ranges, ctx.shape = ranges, x.shape
+        return tuple(x[start:stop] for start, stop in ranges)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for (start, stop), gradient in zip(ctx.ranges, gradients, strict=True):
+            total[start:stop] += gradient
+        return total, None
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
