@@ -4,7 +4,6 @@ A question about a room teaches a word or two; a description teaches dozens, eac
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +19,13 @@ from g2vlm.data.qa.question import PRE_PROMPT, frame_name, placed_frames
 from g2vlm.data.qa.rooms import room_facts
 from g2vlm.data.qa.rules import STILLS
 from g2vlm.data.rooms import RoomsSource, Scene
+from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.types import SceneSample
 from g2vlm.prompts import place_images
 
 GRID = 3
 """Rows and columns of the cells that a description names."""
-MOST_TEXT, MOST_APART = 180, 75
+MOST_TEXT, MOST_APART = 180, 120
 """Tokens that packs reserve for what is said about a view; where views are shown apart, there is less of it."""
 
 
@@ -35,8 +35,8 @@ class RoomDescriptions:
     Args:
         split, seed, law, cameras: as of `RoomsQA`.
         views, view_size, geometry, blank: as of `Showing`.
-        apart: each view is shown with what is said about it, and that is only what its cells show; else all views stand
-            before the first description, and are spoken of by their number.
+        apart: each view stands before what is said about it; else all stand before the first description, and are
+            spoken of by their number.
     """
 
     name = "rooms_descriptions"
@@ -67,36 +67,32 @@ class RoomDescriptions:
     def load(self, index: int, seed: int) -> ChatSample:
         """A room and what can be said about its views."""
         scene, room = self.rooms.load(index, self.showing.request(seed)), self.rooms.scene(index)
-        turns = shown_apart(room, scene) if self.apart else [*told(room, scene), *listed(room_facts(room, scene))]
-        first, *later = stream("descriptions", seed, index).shuffled(turns)
-        if not self.apart:
-            images = [ImageAt(i) for i in range(scene.num_views)]
-            words = f"{PRE_PROMPT}{placed_frames(len(images))}{first.parts[0]}"
-            first = replace(first, parts=tuple(place_images(words, images)))
-        return self.showing.sample(scene, [first, *later], self.name, self.name)
+        draws, describe = stream("descriptions", seed, index), apart if self.apart else together
+        turns = describe(room, scene, room_facts(room, scene), draws)
+        return self.showing.sample(scene, turns, self.name, self.name)
 
 
-def shown_apart(room: Scene, scene: SceneSample) -> list[Turn]:
-    """Every view with what its cells show."""
-    return [Turn((ImageAt(k), "What is in this frame?"), cells(room, scene, k)) for k in range(scene.num_views)]
+def apart(room: Scene, scene: SceneSample, facts: SceneFacts, draws: Draws) -> list[Turn]:
+    """Every view with what its cells show, and its objects."""
+    turns = []
+    for k in draws.shuffled(range(scene.num_views)):
+        turns.append(Turn((ImageAt(k), "What is in this frame?"), cells(room, scene, k)))
+        turns.append(Turn(("Which objects, from left to right?",), objects(facts, facts.frames[k])))
+    return turns
 
 
-def told(room: Scene, scene: SceneSample) -> list[Turn]:
-    """What the cells of every view show."""
-    names = [frame_name(k, scene.num_views) for k in range(scene.num_views)]
-    return [Turn((f"What is in {name}?",), cells(room, scene, k)) for k, name in enumerate(names)]
-
-
-def listed(facts: SceneFacts) -> list[Turn]:
-    """The objects of every view, and the camera's way from each to the next."""
-    names = [frame_name(k, len(facts.frames)) for k in range(len(facts.frames))]
-    turns = [
-        Turn((f"Which objects are in {name}, from left to right?",), objects(facts, frame))
-        for name, frame in zip(names, facts.frames, strict=True)
-    ]
+def together(room: Scene, scene: SceneSample, facts: SceneFacts, draws: Draws) -> list[Turn]:
+    """All views; then, of each in random order, cells and objects, and the camera's way to the next."""
+    names, turns = [frame_name(k, scene.num_views) for k in range(scene.num_views)], []
+    for k, (name, frame) in enumerate(zip(names, facts.frames, strict=True)):
+        turns.append(Turn((f"What is in {name}?",), cells(room, scene, k)))
+        turns.append(Turn((f"Which objects are in {name}, from left to right?",), objects(facts, frame)))
     for (start, end), (first, second) in zip(pairwise(facts.frames), pairwise(names), strict=True):
         turns.append(Turn((f"How did the camera move between {first} and {second}?",), moved(start, end)))
-    return turns
+    first, *later = draws.shuffled(turns)
+    images = [ImageAt(k) for k in range(scene.num_views)]
+    words = f"{PRE_PROMPT}{placed_frames(scene.num_views)}{first.parts[0]}"
+    return [Turn(tuple(place_images(words, images)), first.answer), *later]
 
 
 def cells(room: Scene, scene: SceneSample, view: int) -> str:

@@ -107,11 +107,15 @@ def test_descriptions_of_rooms() -> None:
         assert sample.parts[:2] == (f"These are frames of a video.\nframe 1 of {count}: ", ImageAt(0))
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(together.shape(index, index))
         alone = apart.load(index, index)
-        order = [turn.parts[0] for turn in alone.shape.turns]
-        assert sorted(part.index for part in order if isinstance(part, ImageAt)) == list(range(count))
-        for turn in alone.shape.turns:
-            assert isinstance(turn.parts[0], ImageAt)
-            assert turn.answer == said[f"What is in frame {turn.parts[0].index + 1} of {count}?"]
+        order = []
+        for shown, listed in zip(alone.shape.turns[::2], alone.shape.turns[1::2], strict=True):
+            assert isinstance(shown.parts[0], ImageAt)
+            order.append(shown.parts[0].index)
+            name = f"frame {order[-1] + 1} of {count}"
+            assert shown.answer == said[f"What is in {name}?"]
+            assert listed.answer == said[f"Which objects are in {name}, from left to right?"]
+        assert sorted(order) == list(range(count))
+        assert layout().num_tokens(alone.shape) <= layout().num_tokens(apart.shape(index, index))
 
 
 def test_cells_are_told_row_by_row() -> None:
