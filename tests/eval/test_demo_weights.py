@@ -12,7 +12,7 @@ from g2vlm.data.rooms import heldout_v1
 from g2vlm.pipeline import load
 
 PROTOCOL = PROTOCOLS["rooms-heldout-v1"].changed(None, None, 1024, None)
-NUM_ROOMS = 8
+NUM_ROOMS = 16
 
 
 def test_they_are_small_and_described() -> None:

@@ -170,7 +170,7 @@ def test_markers_that_a_text_model_lacks_are_added(tmp_path: Path) -> None:
     assert tokenizer.eos_token == "<|im_end|>"
     processor = G2VLMProcessor.from_pretrained(tmp_path / "ours")
     assert (processor.chat.ids.vision_start, processor.chat.ids.vision_end) == (VOCABULARY, VOCABULARY + 1)
-    assert processor.rule == SemanticRule.native(max_pixels=168 * 168)
+    assert processor.rule == SemanticRule.native(max_pixels=84 * 84)
 
 
 def test_added_markers_never_share_an_id(tmp_path: Path) -> None:
