@@ -1,8 +1,8 @@
-"""Train and score the stage-1 ablations of G2VLM Fig. 6 over several seeds: `python -m benchmarks.ablations`.
+"""Train and score what a write-up compares, over several seeds: `python -m benchmarks.ablations stage1`.
 
-Every run is a folder NAME-SEED with `stage1`, the training, and `scores`, what eval/recon.py says about it. What is
-finished is not done again, and an interrupted training goes on, so the command may be stopped and repeated. At the end
-it writes `table.md`, mean and standard deviation over seeds, and `curves.png`, the validation losses.
+Every run is a folder NAME-SEED with `training` and a folder for each score. What is finished is not done again, and an
+interrupted training goes on, so the command may be stopped and repeated. At the end it writes `table.md`, mean and
+standard deviation over seeds, and `curves.png`, the validation losses.
 """
 
 import argparse
@@ -19,47 +19,34 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.experiments import EXPERIMENTS, Column, Experiment
 from eval.charts import Series, line_chart
-from g2vlm.data.rooms import heldout_v1
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {
-    "global": "configs/tiny_stage1.yaml",
-    "mixed": "configs/ablations/attention_mixed.yaml",
-    "frame": "configs/ablations/attention_frame.yaml",
-    "single encoder": "configs/ablations/single_encoder.yaml",
-}
-"""Name in the table -> config; the first is the reference."""
-COLOURS = ((38, 84, 160), (46, 140, 80), (222, 110, 40), (130, 70, 160))
-METRICS = {
-    "AbsRel": ("abs_rel", "{:.4f}"),
-    "delta < 1.25": ("delta_1", "{:.3f}"),
-    "rotation, median deg": ("rotation_median_deg", "{:.1f}"),
-    "RRA @ 15 deg, %": ("rra_15", "{:.1f}"),
-    "AUC @ 30 deg, %": ("auc_30", "{:.1f}"),
-}
-"""Column -> metric of `results.json` and how to print it."""
+COLOURS = ((38, 84, 160), (46, 140, 80), (222, 110, 40), (130, 70, 160), (120, 120, 120))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the table and the curves."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("experiment", choices=[*EXPERIMENTS])
+    parser.add_argument("--output", type=Path, help="default: runs/ablations/EXPERIMENT")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--limit", type=int, default=len(heldout_v1.REQUEST_SEEDS), help="held-out rooms to score")
+    parser.add_argument("--limit", type=int, help="only so many held-out rooms, and questions, to score")
     parser.add_argument("options", nargs="*", help="options of training, after --, such as -- --runtime.steps 3000")
-    args = parser.parse_args(arguments)
-    runs = [(name, seed) for seed in range(args.seeds) for name in CONFIGS]
+    args = parser.parse_intermixed_args(arguments)
+    experiment, output = EXPERIMENTS[args.experiment], args.output or Path("runs/ablations") / args.experiment
+    limit = [] if args.limit is None else ["--limit", str(args.limit)]
+    runs = [(name, seed) for seed in range(args.seeds) for name in experiment.configs]
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = [pool.submit(carry_out, args.output, *run, args.options, args.limit) for run in runs]
+        done = [pool.submit(carry_out, experiment, output, *run, args.options, limit) for run in runs]
         for run in done:
             run.result()
-    scores = {name: [read_scores(args.output, name, seed) for seed in range(args.seeds)] for name in CONFIGS}
-    table = markdown(scores)
-    (args.output / "table.md").write_text(f"{table}\n", encoding="utf-8")
-    curves(args.output, args.seeds).save(args.output / "curves.png")
-    print(f"{table}\n\n{args.output / 'table.md'}, {args.output / 'curves.png'}")
+    table = markdown(experiment, output, args.seeds)
+    (output / "table.md").write_text(f"{table}\n", encoding="utf-8")
+    curves(experiment, output, args.seeds).save(output / "curves.png")
+    print(f"{table}\n\n{output / 'table.md'}, {output / 'curves.png'}")
 
 
 def run_folder(output: Path, name: str, seed: int) -> Path:
@@ -67,18 +54,22 @@ def run_folder(output: Path, name: str, seed: int) -> Path:
     return output / f"{name.replace(' ', '_')}-{seed}"
 
 
-def carry_out(output: Path, name: str, seed: int, options: Sequence[str], limit: int) -> None:
-    """Train and score one run unless it is done; its messages go to `log.txt`."""
-    folder = run_folder(output, name, seed)
-    scores = folder / "scores"
-    if (scores / "results.json").exists():
-        return
+def carry_out(
+    experiment: Experiment, output: Path, name: str, seed: int, options: Sequence[str], limit: Sequence[str]
+) -> None:
+    """Train and score one run as far as that is not done; its messages go to `log.txt`."""
+    folder = run_folder(output, name, seed).resolve()
+    training, commands = folder / "training", []
+    if not (training / "model").exists():
+        commands = [["-m", "train.run", "--config", experiment.configs[name], *options, "--runtime.seed", str(seed),
+                     "--runtime.output", str(training), "--runtime.resume", "auto"]]  # fmt: skip
+    commands += [
+        [*command, "--model", str(training / "model"), "--output", str(folder / score), *limit]
+        for score, command in experiment.scores.items()
+        if not (folder / score / "results.json").exists()
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    training = ["-m", "train.run", "--config", CONFIGS[name], *options, "--runtime.seed", str(seed),
-                "--runtime.output", str(folder.resolve() / "stage1"), "--runtime.resume", "auto"]  # fmt: skip
-    scoring = ["eval/recon.py", "--model", str(folder.resolve() / "stage1/model"), "--output", str(scores.resolve()),
-               "--pictures", "0", "--limit", str(limit)]  # fmt: skip
-    for command in (training, scoring):
+    for command in commands:
         print(f"{name}, seed {seed}: {' '.join(command)}", file=sys.stderr, flush=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             subprocess.run([sys.executable, *command], cwd=ROOT, env=one_thread(), stdout=log, stderr=log, check=True)
@@ -89,35 +80,42 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def read_scores(output: Path, name: str, seed: int) -> dict[str, Any]:
+def read_scores(run: Path, folder: str) -> dict[str, Any]:
     """`results.json` of a run."""
-    return json.loads((run_folder(output, name, seed) / "scores/results.json").read_text(encoding="utf-8"))
+    return json.loads((run / folder / "results.json").read_text(encoding="utf-8"))
 
 
-def markdown(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def markdown(experiment: Experiment, output: Path, seeds: int) -> str:
     """Mean and standard deviation over seeds of every metric, and the baselines of the first run."""
-    reference = next(iter(scores.values()))[0]
-    rows = [["", *METRICS], ["---", *["---:"] * len(METRICS)]]
-    rows += [[name, *(spread(runs, *METRICS[column]) for column in METRICS)] for name, runs in scores.items()]
-    rows += [
-        [f"({name})", *(number.format(values[key]) if key in values else "-" for key, number in METRICS.values())]
-        for name, values in reference["baselines"].items()
-    ]
+    columns, first = experiment.columns, run_folder(output, next(iter(experiment.configs)), 0)
+    rows = [["", *columns], ["---", *["---:"] * len(columns)]]
+    for name in experiment.configs:
+        runs = [run_folder(output, name, seed) for seed in range(seeds)]
+        rows.append([name, *(spread(runs, column) for column in columns.values())])
+    baselines = {folder: read_scores(first, folder)["baselines"] for folder in experiment.scores}
+    for name in dict.fromkeys(name for known in baselines.values() for name in known):
+        values = [cell(baselines[column.folder].get(name, {}), column) for column in columns.values()]
+        rows.append([f"({name})", *values])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def spread(runs: Sequence[Mapping[str, Any]], metric: str, number: str) -> str:
+def cell(metrics: Mapping[str, float], column: Column) -> str:
+    """A metric, or a dash where it is unknown."""
+    return column.number.format(metrics[column.metric]) if column.metric in metrics else "-"
+
+
+def spread(runs: Sequence[Path], column: Column) -> str:
     """Mean +- standard deviation of a metric over runs."""
-    values = [run["metrics"][metric] for run in runs]
-    mean = number.format(statistics.mean(values))
-    return f"{mean} +- {number.format(statistics.stdev(values))}" if len(values) > 1 else mean
+    values = [read_scores(run, column.folder)["metrics"][column.metric] for run in runs]
+    mean = column.number.format(statistics.mean(values))
+    return f"{mean} +- {column.number.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
-def curves(output: Path, seeds: int) -> Image.Image:
+def curves(experiment: Experiment, output: Path, seeds: int) -> Image.Image:
     """The validation losses, mean over seeds, as a picture."""
     lines = []
-    for name, colour in zip(CONFIGS, COLOURS, strict=True):
-        runs = [validation_losses(run_folder(output, name, seed) / "stage1/log.jsonl") for seed in range(seeds)]
+    for name, colour in zip(experiment.configs, COLOURS, strict=False):
+        runs = [validation_losses(run_folder(output, name, seed) / "training/log.jsonl") for seed in range(seeds)]
         lines.append(Series(name, np.mean(runs, axis=0), colour))
     return line_chart(f"validation loss, mean of {seeds} seeds", "step", lines)
 

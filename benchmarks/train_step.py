@@ -44,6 +44,7 @@ from benchmarks.common import (
 from benchmarks.models import add_preset_option, chosen_preset, random_model, random_views
 from benchmarks.training_model import training_flops
 from benchmarks.work_model import Ceilings, Workload, attention_plan
+from g2vlm.companions import preset_rule
 from g2vlm.config import PRESETS
 from g2vlm.data.batch import SceneBatch, collate
 from g2vlm.data.chat.batch import ChatBatch, chat_inputs
@@ -159,7 +160,7 @@ def chat_work(config: RunConfig, model: G2VLMForConditionalGeneration, tiny: boo
     chat, geometry = config.data.chat, config.objectives.geometry
     assert chat is not None
     views, size = (1, (28, 28)) if tiny else (QA_VIEWS, chat.view_size)
-    grid = (4, 4) if tiny else semantic_grid(PHOTO, chat.images)
+    grid = (4, 4) if tiny else semantic_grid(PHOTO, chat.images or preset_rule(model.config))
     work = Workload(
         views, *size, HEADER, images=(grid,) * views, question_tokens=QUESTION + ANSWER + 1, num_logits=ANSWER,
         geometry=geometry is not None, global_points=geometry is not None and bool(geometry.global_points),

@@ -45,7 +45,7 @@ VG_CE = {**CE_CE, "geometry_heads": 1.0}
 EVERYTHING = {**VG_CE, "geometry_encoder": 1.0, "semantic_encoder": 1.0}
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "white": (250, 250, 250)}
-RULE = SemanticRule.native(min_pixels=56 * 56, max_pixels=56 * 56)
+RULE = SemanticRule.native(min_pixels=56 * 56, max_pixels=56 * 57)
 VIEW_SIZE = (28, 28)
 
 

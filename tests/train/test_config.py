@@ -13,8 +13,10 @@ from train.start import preset_with
 from train.trainable import GROUPS
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*stage1*.yaml")) + sorted((ROOT / "configs/ablations").glob("*.yaml"))
-JOINT = sorted((ROOT / "configs").glob("*stage2*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*stage1*.yaml")) + sorted((ROOT / "configs/ablations").glob("[!j]*.yaml"))
+JOINT = [
+    path for name in ("*stage2*", "*words*", "joint*") for path in sorted((ROOT / "configs").rglob(f"{name}.yaml"))
+]
 
 
 @pytest.mark.parametrize("file", CONFIGS + JOINT, ids=lambda file: file.stem)

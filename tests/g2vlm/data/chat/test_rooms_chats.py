@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from g2vlm.data.chat.descriptions import RoomDescriptions, cells
+from g2vlm.data.chat.descriptions import RoomDescriptions, cells, moved, objects
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.rooms import MOST_TEXT, OPENING, RoomsChats
 from g2vlm.data.chat.types import ChatSample, ImageAt
+from g2vlm.data.qa.boxes import Box
+from g2vlm.data.qa.facts import Frame, SceneFacts, SceneObject, Sighting
 from g2vlm.data.qa.showing import GREY
 from g2vlm.errors import InputError
 from tests.train.chats import layout
@@ -132,3 +136,31 @@ def test_cells_are_told_row_by_row() -> None:
             named = next(thing.category for thing in room.instances if thing.index == most)
             depth = scene.depth[view][part][scene.instances[view][part] == most]
             assert text == f"{np.median(depth.numpy()):.1f} {named}"
+
+
+def test_objects_are_told_from_left_to_right_and_movements_in_the_first_camera() -> None:
+    """One camera looks along +y from the origin, the other is 1 m to its right and 2 m behind it, looking back."""
+    first, second = np.eye(4), np.eye(4)
+    first[:3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: right +x, down -z, forward +y
+    second[:3, :3], second[:3, 3] = first[:3, :3] @ np.diag([-1, 1, -1]), (1, -2, 0)
+    box = Box(np.array([0.0, 3.0, 0.0]), np.array([1.0, 1.0, 1.0]), np.eye(3))
+    things = tuple(SceneObject(i, name, box) for i, name in enumerate(("bed", "lamp", "sofa")))
+    seen = (Sighting(0, (60, 0, 80, 9), 0.1), Sighting(1, (0, 0, 20, 9), 0.2), Sighting(2, (5, 0, 6, 9), 0.001))
+    frames = [Frame(float(i), pose, np.eye(3), (84, 84), seen) for i, pose in enumerate((first, second))]
+    facts = SceneFacts("room", things, tuple(frames), 20.0)
+    assert objects(facts, frames[0]) == "2.5 lamp, 2.5 bed"
+    assert objects(facts, replace(frames[0], sightings=seen[2:])) == "none"
+    assert moved(frames[0], frames[1]) == "1.0 Right, 2.0 Backward"
+    assert moved(frames[1], frames[0]) == "1.0 Right, 2.0 Backward"
+
+
+def test_questions_about_a_room_come_in_any_order() -> None:
+    """Rare tasks are chosen first; their place in the conversation must not tell them."""
+    source = build_chat_source("rooms_qa", None, (28, 28), questions=8)
+    moved_away = 0
+    for index in range(8):
+        chosen = source.rooms.load(index, source.showing.request(index), 8).questions
+        told = [str(turn.parts[-1]).removeprefix("\n") for turn in source.load(index, index).shape.turns]
+        assert sorted(told) == sorted(question.words for question in chosen)
+        moved_away += told[0] != chosen[0].words
+    assert moved_away
