@@ -17,7 +17,7 @@ endif
 
 .PHONY: help quickstart check test test-slow smoke gpu wheels dist
 help:
-	@echo "make quickstart  train a tiny model on rendered rooms, score it, write a report (CPU, about 11 minutes)"
+	@echo "make quickstart  train a tiny model to reconstruct rooms and answer questions, score it, write a report (CPU, about 15 minutes)"
 	@echo "make test        the test suite (CPU, offline after installation)"
 	@echo "make check       lint, format and types"
 	@echo "make smoke       the commands of the README on tiny inputs"

@@ -25,7 +25,6 @@ from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource
 from g2vlm.errors import CheckFailed, InputError
 from g2vlm.images import PATCH
-from g2vlm.pipeline import Pipeline
 from g2vlm.staging import write_errors
 
 log = logging.getLogger(__name__)
@@ -40,6 +39,8 @@ def recon(args: Namespace) -> None:
         raise InputError(f"cannot use --width {args.width}", "", f"rooms are rendered in multiples of {PATCH}")
     if args.gate is not None and args.dataset == "images":
         raise InputError("--gate needs scores", "photographs have no ground truth", "leave it out")
+    if args.gate is not None and args.no_baselines:
+        raise InputError("--gate compares", "with --no-baselines there is nothing to compare with", "leave one out")
     if args.save_predictions and args.dataset == "images":
         raise InputError("--save-predictions is for scores", "photographs are always exported", "leave it out")
     protocol = find_protocol(args.dataset, args.protocol).changed(args.width, args.views, args.max_points, args.limit)
@@ -64,7 +65,8 @@ def evaluate_dataset(args: Namespace, protocol: Protocol, output: Path) -> dict[
     with write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         keep = keeper(output, protocol, pipeline.name, args.save_predictions)
-        evaluation = score_model(items, pipeline, protocol, keep)
+        baselines = {} if args.no_baselines else baseline_systems(pipeline, protocol)
+        evaluation = evaluate(items, {MODEL: model_system(pipeline), **baselines}, protocol, keep)
         record = results(evaluation, pipeline.name, provenance)
         if args.gate is not None and evaluation.count:
             record["gate"] = judged(record, args.gate)
@@ -104,14 +106,6 @@ def keeper(output: Path, protocol: Protocol, model: str, save_predictions: bool)
             save_prediction(folder / file_name(scored.item, ".safetensors"), scored.predictions[MODEL], facts)
 
     return keep
-
-
-def score_model(
-    items: Sequence[Item], pipeline: Pipeline, protocol: Protocol, keep: Callable[[Scored], None]
-) -> Evaluation:
-    """A model and every baseline on the same items."""
-    systems = {MODEL: model_system(pipeline), **baseline_systems(pipeline, protocol)}
-    return evaluate(items, systems, protocol, keep)
 
 
 def scored(items: Sequence[Item], evaluation: Evaluation) -> list[Item]:

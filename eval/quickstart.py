@@ -1,14 +1,13 @@
 """The report of `make quickstart`: `python -m eval.quickstart FOLDER`.
 
-FOLDER holds `stage1`, a training run; `trained` and `demo`, what eval/recon.py wrote about its model, with a gate, and
-about the demo weights. The report and a picture of the losses are written beside them; stdout gets the table. The exit
-code is 1 when the trained model missed its gate.
+FOLDER holds `stage1` and `stage2`, training runs; `trained` and `demo`, what eval/recon.py wrote about the model of
+stage 1, with a gate, and about the demo weights; `answers`, what eval/vqa.py wrote about the model of stage 2; and
+`room` of eval/quickstart_room.py. The report and pictures of the losses are written beside them; stdout gets the
+tables. The exit code is 1 when the model of stage 1 missed its gate, or stage 2 had losses that are not finite.
 """
 
-import json
-import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,59 +16,26 @@ import numpy as np
 from jsonargparse import ArgumentParser
 
 from eval.baselines import CONSTANT, IDENTITY, UNTRAINED
-from eval.charts import Series, line_chart, running_mean
 from eval.gate import require_passed, told
-from eval.records import REPORT, RESULTS, RUN
+from eval.quickstart_answers import ANSWERS, kept, learned, questions_text, room_section, score_section, standing
+from eval.quickstart_room import MODEL, PHOTOS, RECORD, ROOM, STAGE1, STAGE2
+from eval.quickstart_runs import Training, facts, loss_chart, read_json
+from eval.records import REPORT, RESULTS, RUN, write_text
 from eval.report import markdown_table, notes, text_table
 from g2vlm.checkpoint import DEMO_NAME
 from g2vlm.cli import guarded, log_to_stderr, to_stdout
 from g2vlm.errors import InputError
 from geometry.io.common import atomic_file
 
-STAGE1, TRAINED, DEMO, LOSSES = "stage1", "trained", "demo", "losses.png"
+TRAINED, DEMO = "trained", "demo"
+LOSSES = {STAGE1: "losses.png", STAGE2: "losses-stage2.png"}
 NUM_ON_THE_WAY = 4
-PALE, BLUE, ORANGE = (196, 210, 232), (38, 84, 160), (222, 110, 40)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a training run left: `run.json`, and the lines of `log.jsonl` and `speed.jsonl`."""
-
-    run: dict[str, Any]
-    log: list[dict[str, Any]]
-    speed: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, folder: Path) -> "Training":
-        """Read the folder of a run."""
-        return cls(read_json(folder / RUN), read_lines(folder / "log.jsonl"), read_lines(folder / "speed.jsonl"))
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """The lines of the log about steps."""
-        return [line for line in self.log if line["kind"] == "step"]
-
-    @property
-    def views(self) -> int:
-        """Images that the model was trained on."""
-        return sum(line["scenes"] * line["views"] for line in self.steps)
-
-    @property
-    def seconds(self) -> float:
-        """Time of all steps, with data, validation and checkpoints; what was repeated after an interruption not."""
-        ends = [line["step"] for line in self.speed]
-        counts = np.diff([0, *ends])
-        return float(sum(n / line["steps_per_second"] for n, line in zip(counts, self.speed, strict=True)))
-
-    def losses(self, kind: str) -> np.ndarray:
-        """(N, 2) step and loss of the lines of a kind."""
-        return np.array([(line["step"], line["loss"]) for line in self.log if line["kind"] == kind]).reshape(-1, 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report and return the exit code."""
     parser = ArgumentParser(prog="python -m eval.quickstart", description="Write the report of make quickstart.")
-    parser.add_argument("folder", type=Path, help="holds stage1, trained and demo")
+    parser.add_argument("folder", type=Path, help="holds stage1, stage2, trained, demo, answers and room")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     log_to_stderr()
@@ -77,49 +43,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tell(folder: Path) -> None:
-    """Write the report, print the table and where the report is.
+    """Write the report, print the tables and where the report is.
 
     Raises:
         InputError: a part is missing.
-        CheckFailed: the trained model missed its gate; the report is written.
+        CheckFailed: the model of stage 1 missed its gate, or stage 2 had losses that are not finite; the report is
+            written.
     """
-    training = Training.read(folder / STAGE1)
-    trained, demo = (read_json(folder / name / RESULTS) for name in (TRAINED, DEMO))
+    stages = {"stage 1": Training.read(folder / STAGE1), "stage 2": Training.read(folder / STAGE2)}
+    trained, demo, answers = (read_json(folder / name / RESULTS) for name in (TRAINED, DEMO, ANSWERS))
+    room = read_json(folder / ROOM / RECORD)
     if "gate" not in trained:
         raise InputError(f"no gate in {folder / TRAINED / RESULTS}", "eval/recon.py had no --gate", "pass one")
-    with atomic_file(folder / LOSSES) as file:
-        loss_chart(training).save(file, format="PNG")
-    text = markdown(folder, training, trained, demo)
-    with atomic_file(folder / REPORT) as file:
-        file.write(text.encode())
-    lines = [trained["benchmark"], "", text_table(systems(trained, demo)), "", verdict(trained), rotation(trained)]
-    print("\n".join([*lines, f"report in {folder / REPORT}"]), flush=True)
+    held_out = ("held-out rooms", "questions about held-out rooms")
+    for (name, training), file, validated in zip(stages.items(), LOSSES.values(), held_out, strict=True):
+        with atomic_file(folder / file) as target:
+            loss_chart(training, f"loss of {name}", validated).save(target, format="PNG")
+    records = Records(trained, demo, answers, room)
+    write_text(folder / REPORT, markdown(folder, stages, records))
+    print("\n".join([*said(records, stages["stage 2"]), f"report in {folder / REPORT}"]), flush=True)
+    stages["stage 2"].require_finite("stage 2")
     require_passed(trained["gate"])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; errors as in `read`."""
-    return read(path, json.loads)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file with one JSON object a line; errors as in `read`."""
-    return read(path, lambda text: [json.loads(line) for line in text.splitlines()])
-
-
-def read(path: Path, parse: Callable[[str], Any]) -> Any:
-    """What a file holds.
-
-    Raises:
-        InputError: it is absent or damaged.
-    """
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}", str(error), "make quickstart writes all parts of the report") from None
-
-
 # ---------------------------------------------------------------------------------------------- what is told
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the evaluations wrote: about the model of stage 1, the demo weights, the model of stage 2, and a room."""
+
+    trained: Mapping[str, Any]
+    demo: Mapping[str, Any]
+    answers: Mapping[str, Any]
+    room: Mapping[str, Any]
 
 
 def systems(trained: Mapping[str, Any], demo: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
@@ -143,31 +100,39 @@ def rotation(trained: Mapping[str, Any]) -> str:
     )
 
 
-def loss_chart(training: Training) -> Any:
-    """Losses over the steps: of every step, their running mean, and on held-out rooms."""
-    steps = training.losses("step")
-    window = max(1, len(steps) // 40)
-    return line_chart(
-        "loss of stage 1",
-        "step",
-        [
-            Series("training, each step", steps, PALE, width=1),
-            Series(f"training, mean of {window}", running_mean(steps, window), BLUE, width=2.5),
-            Series("held-out rooms", training.losses("validation"), ORANGE, dots=True),
-        ],
-    )
+def said(records: Records, stage2: Training) -> list[str]:
+    """What stdout gets."""
+    return [
+        records.trained["benchmark"],
+        "",
+        text_table(systems(records.trained, records.demo)),
+        "",
+        verdict(records.trained),
+        rotation(records.trained),
+        "",
+        questions_text(records.room),
+        "",
+        standing(records.answers),
+        learned(records.answers, stage2),
+        kept(records.room["frozen"]),
+        "",
+    ]
 
 
-def markdown(folder: Path, training: Training, trained: Mapping[str, Any], demo: Mapping[str, Any]) -> str:
+def markdown(folder: Path, stages: Mapping[str, Training], records: Records) -> str:
     """The report."""
+    trained, answers, room = records.trained, records.answers, records.room
     parts = [
         "# What make quickstart did",
-        f"A small G2VLM learned geometry from rendered rooms, starting from random weights, on this machine. Then it "
-        f"reconstructed {trained['count']} rooms that it never saw, and its depth, points, normals and cameras were "
-        "compared with the truth.",
-        f"- **{verdict(trained)}**\n- {rotation(trained)}",
-        f"## Scores\n\n{trained['benchmark']}: {trained['count']} rooms, {len(trained['skipped'])} skipped.",
-        markdown_table(systems(trained, demo)),
+        "A small G2VLM, starting from random weights, learned on this machine: in stage 1 geometry from rendered "
+        "rooms, in stage 2 to answer questions about them. Then it reconstructed rooms that it never saw, and answered "
+        "questions about them.",
+        f"- **{verdict(trained)}**\n- {rotation(trained)}\n- **{standing(answers)}**\n- {kept(room['frozen'])}",
+        f"## Three questions about a room that it never saw\n\n{room_section(folder, room, frames(folder))}",
+        f"## Scores: answers\n\n{score_section(answers, stages['stage 2'])}",
+        f"## Scores: reconstruction\n\n{trained['benchmark']}: {trained['count']} rooms, {len(trained['skipped'])} "
+        "skipped. Depth, points, normals and cameras are compared with the truth.",
+        markdown_table(systems(trained, records.demo)),
         "\n".join(
             [
                 "- trained here: the model of this run",
@@ -176,34 +141,19 @@ def markdown(folder: Path, training: Training, trained: Mapping[str, Any], demo:
                 *notes(trained),
             ]
         ),
-        f"## Rooms that it never saw\n\n{rooms(folder)}",
-        f"## Stage 1: training\n\n{facts(training, read_json(folder / TRAINED / RUN)['date'])}",
-        f"![losses over the steps]({LOSSES})",
+        f"## Reconstructions\n\n{rooms(folder)}",
+        f"## Training\n\n{facts(stages, read_json(folder / ANSWERS / RUN)['date'])}",
+        picture_table({name: folder / file for name, file in zip(stages, LOSSES.values(), strict=True)}, folder, 480),
         on_the_way(folder),
         f"## Where to go next\n\n{next_steps(folder)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def facts(training: Training, date: str) -> str:
-    """A table of what was run."""
-    run, config = training.run, training.run["config"]
-    commit = run["commit"]
-    changed = ", with changed files" if commit and commit["dirty"] else ""
-    versions = {"python": run["python"], **run["versions"]}
-    minutes, seconds = divmod(round(training.seconds), 60)
-    rows = {
-        "command": f"`{shlex.join(run['command'])}`",
-        "config": f"`{STAGE1}/config.yaml` holds every value",
-        "model": f"{config['model']}, from random weights, seed {config['runtime']['seed']}",
-        "steps": f"{len(training.steps):,}",
-        "images seen": f"{training.views:,}, {config['data']['width']} pixels wide",
-        "time": f"{minutes} min {seconds} s on {run['device']}, threads: {run['threads']}",
-        "finished": date,
-        "commit": f"{commit['hash'][:12]}{changed}" if commit else "unknown: not a git checkout",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+def frames(folder: Path) -> str:
+    """The views of the room."""
+    photos = sorted((folder / ROOM / PHOTOS).glob("frame-*.png"))
+    return picture_table({photo.stem.replace("-", " "): photo for photo in photos}, folder, 160)
 
 
 def on_the_way(folder: Path) -> str:
@@ -237,19 +187,25 @@ def picture_table(columns: Mapping[str, Path], folder: Path, width: int) -> str:
 
 def next_steps(folder: Path) -> str:
     """Commands for what one may want to do now."""
-    model = f"{folder.as_posix()}/{STAGE1}/model"
+    first, second = (f"{folder.as_posix()}/{stage}/{MODEL}" for stage in (STAGE1, STAGE2))
     return f"""```bash
 source .venv/bin/activate
 # photos of your own, reconstructed by the demo weights, or by the model of this run
 g2vlm recon photos/ -o out/room
-g2vlm recon photos/ -o out/mine --model {model}
-# what it was trained on
+g2vlm recon photos/ -o out/mine --model {second}
+g2vlm chat photos/ --model {second}
+# what it was trained on and asked about
 g2vlm data preview rooms -o rooms.png
-# train for longer; a larger model on a GPU (docs/training.md)
+g2vlm data preview rooms_qa -o questions.png
+# train for longer; stage 2 starts from the demo weights, or from --model (docs/training.md)
 bash train/stage1_geometry.sh --runtime.steps 20000
+bash train/stage2_joint.sh --runtime.steps 20000
+# a larger model on a GPU
 bash train/stage1_geometry.sh --config configs/small_stage1.yaml
-# score it on real scenes (docs/evaluation.md)
-python eval/recon.py --dataset seven_scenes --data 7scenes --width 84 --model {model}
+# does it use the geometry? asked with that of another room (docs/evaluation.md)
+python eval/vqa.py --model {second} --geometry shuffled --compare {folder.as_posix()}/{ANSWERS}
+# score it on real scenes
+python eval/recon.py --dataset seven_scenes --data 7scenes --width 84 --model {first}
 ```"""
 
 

@@ -34,6 +34,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--width", type=int, help="width of the views in pixels instead of the protocol's")
     parser.add_argument("--max-points", type=int, help="thin point clouds to this size, for quick looks")
     parser.add_argument("--limit", type=int, help="only the first N scenes")
+    parser.add_argument("--no-baselines", action="store_true", help="score the model alone, in less than half the time")
     parser.add_argument("--save-predictions", action="store_true", help="keep each scene's prediction (safetensors)")
     parser.add_argument("--pictures", type=int, default=4, help="draw at most this many scenes")
     parser.add_argument("--gate", type=float, help="exit 1 unless AbsRel <= this share of the best constant depth's")

@@ -20,13 +20,13 @@ IMAGES = {"shown": "", "blank": "; every image and view is grey"}
 
 def table(record: Mapping[str, Any]) -> str:
     """Results as text: what was measured, then a line per task with the model and its baselines side by side."""
-    body = text_rows(_rows(record), names=1) if record["metrics"] else NO_METRICS
+    body = text_rows(rows(record), names=1) if record["metrics"] else NO_METRICS
     return "\n".join([*_heading(record), "", body, "", *notes(record)])
 
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The same as a Markdown fragment."""
-    body = markdown_rows(_rows(record), names=1) if record["metrics"] else NO_METRICS
+    body = markdown_rows(rows(record), names=1) if record["metrics"] else NO_METRICS
     return "\n".join([f"### {record['benchmark']}", "", *_heading(record)[1:], "", body, "", *notes(record), ""])
 
 
@@ -42,8 +42,8 @@ def _heading(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """Head, a line per task, the averages, and the model's lead over every other column."""
+def rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """Head, a line per task, the averages, and the model's lead over every other column; needs a scored question."""
     systems = {MODEL: record["metrics"], **record["baselines"], **record["compared"]}
     items, columns = record["items"], list(systems.values())
 
@@ -51,20 +51,21 @@ def _rows(record: Mapping[str, Any]) -> list[list[str]]:
         return [name, count, *map(cell, columns)]
 
     groups = [name for name in items if name.startswith(GROUP)]
-    rows = [["", "items", *systems]]
-    rows += [line(g.removeprefix(GROUP), f"{items[g]:,}", lambda own, g=g: f"{own[g]:.1f}") for g in groups]
-    rows.append(line("macro", f"{record['count']:,}", lambda own: f"{own['macro']:.1f}"))
-    rows.append(line("  95 % interval", "", lambda own: _span(own["macro_low"], own["macro_high"])))
+    lines = [["", "items", *systems]]
+    lines += [line(g.removeprefix(GROUP), f"{items[g]:,}", lambda own, g=g: f"{own[g]:.1f}") for g in groups]
+    lines.append(line("macro", f"{record['count']:,}", lambda own: f"{own['macro']:.1f}"))
+    lines.append(line("  95 % interval", "", lambda own: span(own["macro_low"], own["macro_high"])))
     for name, title in (("choice_accuracy", "all choices"), ("number_mra", "all numbers")):
         if name in record["metrics"]:
-            rows.append(line(title, "", lambda own, name=name: f"{own[name]:.1f}"))
+            lines.append(line(title, "", lambda own, name=name: f"{own[name]:.1f}"))
     leads = [record["leads"][name] for name in systems if name != MODEL]
-    rows.append(["model is ahead by", "", "", *(f"{own['macro']:+.1f}" for own in leads)])
-    rows.append(["  95 % interval", "", "", *(_span(own["low"], own["high"], "+") for own in leads)])
-    return rows
+    lines.append(["model is ahead by", "", "", *(f"{own['macro']:+.1f}" for own in leads)])
+    lines.append(["  95 % interval", "", "", *(span(own["low"], own["high"], "+") for own in leads)])
+    return lines
 
 
-def _span(low: float, high: float, sign: str = "") -> str:
+def span(low: float, high: float, sign: str = "") -> str:
+    """An interval in words; `sign` "+" for differences."""
     return f"{low:{sign}.1f} to {high:{sign}.1f}"
 
 

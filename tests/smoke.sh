@@ -74,7 +74,11 @@ g2vlm recon "$OUT/photos" --model "$OUT/stage1/model" -o "$OUT/trained"
 g2vlm recon "$OUT/photos" -o "$OUT/demo"
 g2vlm info
 # too few steps to pass its gate: exit code 1, and a report all the same
-PYTHON="$PY" ends_with 1 bash train/quickstart.sh --output "$OUT/quickstart" --limit 2 --runtime.steps 3 --runtime.validation_steps 1
-grep -q "gate MISSED" "$OUT/quickstart/report.md"
+PYTHON="$PY" ends_with 1 bash train/quickstart.sh --output "$OUT/quickstart" --limit 2 --stage2-steps 3 --runtime.steps 3 \
+    --runtime.validation_steps 1
+for said in "gate MISSED" "BELOW what can be answered without looking" "bit for bit those of stage 1" "true answer"; do
+    grep -q "$said" "$OUT/quickstart/report.md" || { echo "smoke: the report does not say: $said" >&2; exit 1; }
+done
+test -s "$OUT/quickstart/room/recon/points.ply"
 ends_with 2 g2vlm recon "$OUT/absent" --model tiny -o "$OUT/none"
 echo "smoke: passed"

@@ -154,6 +154,16 @@ def test_the_held_out_rooms_are_the_default_and_the_gate_holds_back_random_weigh
     assert (record["gate"]["share"], record["gate"]["passed"]) == (0.8, False)
 
 
+def test_a_model_can_be_scored_alone(tmp_path: Path, capsys) -> None:
+    arguments = ("--limit", 1, "--views", 2, "--pictures", 0, "--model", "tiny")
+    for folder, more in (("all", ()), ("alone", ("--no-baselines",))):
+        assert run(capsys, *arguments, *more, "-o", tmp_path / folder)[0] == 0
+    beside, alone = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("all", "alone"))
+    assert alone["metrics"] == beside["metrics"]
+    assert beside["baselines"]
+    assert not alone["baselines"]
+
+
 def test_the_gate_lets_a_better_model_pass() -> None:
     record = {"metrics": {"abs_rel": 0.15}, "baselines": {"constant depth": {"abs_rel": 0.2}}}
     require_passed(judged(record, 0.8))
@@ -206,6 +216,7 @@ def test_photographs_are_reconstructed_by_the_demo_weights_and_not_scored(
         (["--dataset", "images", "--data", "photos", "--save-predictions"], 2, "photographs are always exported"),
         (["--width", "85"], 2, "multiples of 14"),
         (["--dataset", "images", "--data", "photos", "--gate", "0.8"], 2, "--gate needs scores"),
+        (["--no-baselines", "--gate", "0.8"], 2, "nothing to compare with"),
         (["--views", "0"], 2, "--views must be at least 1"),
         (["--data", "empty"], 2, "takes no --data"),
         (["--dataset", "images", "--data", "photos", "--model", "absent"], 2, "no model absent"),
