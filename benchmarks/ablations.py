@@ -114,7 +114,7 @@ def spread(runs: Sequence[Path], column: Column) -> str:
 def curves(experiment: Experiment, output: Path, seeds: int) -> Image.Image:
     """The validation losses, mean over seeds, as a picture."""
     lines = []
-    for name, colour in zip(experiment.configs, COLOURS, strict=False):
+    for name, colour in zip(experiment.configs, COLOURS[: len(experiment.configs)], strict=True):
         runs = [validation_losses(run_folder(output, name, seed) / "training/log.jsonl") for seed in range(seeds)]
         lines.append(Series(name, np.mean(runs, axis=0), colour))
     return line_chart(f"validation loss, mean of {seeds} seeds", "step", lines)
