@@ -3,7 +3,7 @@
 A question about a room teaches a word or two; a description teaches dozens, each about another place of the views.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from g2vlm.data.chat.rooms import OPENING, Showing
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
 from g2vlm.data.qa.boxes import point_distance
+from g2vlm.data.qa.camera_tasks import POINT_TRIES, Point, flat_point, mark_at
 from g2vlm.data.qa.drafts import stream
 from g2vlm.data.qa.facts import Frame, SceneFacts
-from g2vlm.data.qa.question import PRE_PROMPT, frame_name, placed_frames
+from g2vlm.data.qa.question import frame_name, opening
 from g2vlm.data.qa.rooms import room_facts
 from g2vlm.data.qa.rules import STILLS
 from g2vlm.data.rooms import RoomsSource, Scene
@@ -25,7 +26,7 @@ from g2vlm.prompts import place_images
 
 GRID = 3
 """Rows and columns of the cells that a description names."""
-MOST_TEXT, MOST_APART = 180, 120
+MOST_TEXT, MOST_APART = 240, 160
 """Tokens that packs reserve for what is said about a view; where views are shown apart, there is less of it."""
 
 
@@ -68,30 +69,38 @@ class RoomDescriptions:
         """A room and what can be said about its views."""
         scene, room = self.rooms.load(index, self.showing.request(seed)), self.rooms.scene(index)
         draws, describe = stream("descriptions", seed, index), apart if self.apart else together
-        turns = describe(room, scene, room_facts(room, scene), draws)
-        return self.showing.sample(scene, turns, self.name, self.name)
+        facts = room_facts(room, scene)
+        points = {k: point for k, frame in enumerate(facts.frames) if (point := some_point(frame, draws))}
+        marks = [mark_at(k, facts.frames[k], point) for k, point in points.items()]
+        depths = {k: f"{point.depth:.1f}" for k, point in points.items()}
+        turns = describe(room, scene, facts, depths, draws)
+        return self.showing.sample(scene, turns, self.name, self.name, marks)
 
 
-def apart(room: Scene, scene: SceneSample, facts: SceneFacts, draws: Draws) -> list[Turn]:
-    """Every view with what its cells show, and its objects."""
+def apart(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[int, str], draws: Draws) -> list[Turn]:
+    """Every view with what its cells show, its objects, and the depth of its marked point."""
     turns = []
     for k in draws.shuffled(range(scene.num_views)):
         turns.append(Turn((ImageAt(k), "What is in this frame?"), cells(room, scene, k)))
-        turns.append(Turn(("Which objects, from left to right?",), objects(facts, facts.frames[k])))
+        if k in depths:
+            turns.append(Turn(("How deep is the point marked in red?",), depths[k]))
+        turns.append(Turn(("Which objects, and where?",), objects(facts, facts.frames[k], draws)))
     return turns
 
 
-def together(room: Scene, scene: SceneSample, facts: SceneFacts, draws: Draws) -> list[Turn]:
-    """All views; then, of each in random order, cells and objects, and the camera's way to the next."""
+def together(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[int, str], draws: Draws) -> list[Turn]:
+    """All views; then, of each in random order, cells, objects and marked point, and the camera's way to the next."""
     names, turns = [frame_name(k, scene.num_views) for k in range(scene.num_views)], []
     for k, (name, frame) in enumerate(zip(names, facts.frames, strict=True)):
         turns.append(Turn((f"What is in {name}?",), cells(room, scene, k)))
-        turns.append(Turn((f"Which objects are in {name}, from left to right?",), objects(facts, frame)))
+        turns.append(Turn((f"Which objects are in {name}, and where?",), objects(facts, frame, draws)))
+        if k in depths:
+            turns.append(Turn((f"How deep is the point marked in red in {name}?",), depths[k]))
     for (start, end), (first, second) in zip(pairwise(facts.frames), pairwise(names), strict=True):
         turns.append(Turn((f"How did the camera move between {first} and {second}?",), moved(start, end)))
     first, *later = draws.shuffled(turns)
     images = [ImageAt(k) for k in range(scene.num_views)]
-    words = f"{PRE_PROMPT}{placed_frames(scene.num_views)}{first.parts[0]}"
+    words = opening(scene.num_views, str(first.parts[0]))
     return [Turn(tuple(place_images(words, images)), first.answer), *later]
 
 
@@ -114,13 +123,31 @@ def _cells(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
         yield from np.array_split(row, GRID, axis=1)
 
 
-def objects(facts: SceneFacts, frame: Frame) -> str:
-    """What is seen well in a frame, from left to right, each with its distance from the camera in metres."""
+def objects(facts: SceneFacts, frame: Frame, draws: Draws) -> str:
+    """What is seen well in a frame, in random order: name, where the middle of its image is, distance from the camera.
+
+    The place is two digits, tenths of the image's width from the left and of its height from the top; metres.
+    """
     seen = [s for s in frame.sightings if s.share >= STILLS.min_share and s.instance in facts.by_instance]
-    things = [facts.by_instance[s.instance] for s in sorted(seen, key=lambda s: s.box[0] + s.box[2])]
-    named = [thing for thing in things if thing.category not in facts.unclear]
-    distances = [float(point_distance(frame.centre[None], thing.box)[0]) for thing in named]
-    return ", ".join(f"{d:.1f} {thing.category}" for d, thing in zip(distances, named, strict=True)) or "none"
+    told = []
+    for sighting in draws.shuffled(seen):
+        thing = facts.by_instance[sighting.instance]
+        if thing.category not in facts.unclear:
+            distance = float(point_distance(frame.centre[None], thing.box)[0])
+            told.append(f"{thing.category} {place(sighting.box, frame.size)} {distance:.1f}")
+    return ", ".join(told) or "none"
+
+
+def some_point(frame: Frame, draws: Draws) -> Point | None:
+    """A point whose depth can be asked for; None where few or none are."""
+    return next((point for _ in range(POINT_TRIES) if (point := flat_point(frame, draws))), None)
+
+
+def place(box: tuple[int, int, int, int], size: tuple[int, int]) -> str:
+    """Tenths of the width and of the height at which the middle of a sighting's box is."""
+    height, width = size
+    x, y = (box[0] + box[2] + 1) / 2 / width, (box[1] + box[3] + 1) / 2 / height
+    return f"{int(10 * x)}{int(10 * y)}"
 
 
 def moved(start: Frame, end: Frame) -> str:

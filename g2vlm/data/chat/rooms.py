@@ -8,7 +8,7 @@ import numpy as np
 
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
 from g2vlm.data.qa.drafts import stream
-from g2vlm.data.qa.question import Mark
+from g2vlm.data.qa.question import Mark, Question, opening
 from g2vlm.data.qa.showing import blank_views, shown_views
 from g2vlm.data.qa.source import RoomsQA
 from g2vlm.data.types import SceneSample, ViewRequest
@@ -69,6 +69,7 @@ class RoomsChats:
         split, seed: as of `RoomsQA`.
         views, view_size, geometry, blank: as of `Showing`.
         questions: most about a room; fewer where it does not allow them.
+        openly: probability that a question with options is asked without them, to be answered in words.
         options: further arguments of `RoomsQA`.
     """
 
@@ -81,11 +82,12 @@ class RoomsChats:
         views: Sequence[int] = (2, 4),
         view_size: Sequence[int] = (84, 84),
         questions: int = 1,
+        openly: float = 0.0,
         geometry: bool = True,
         blank: bool = False,
         **options: Any,
     ):
-        self.rooms, self.questions = RoomsQA(split=split, seed=seed, **options), questions
+        self.rooms, self.questions, self.openly = RoomsQA(split=split, seed=seed, **options), questions, openly
         self.showing = Showing((views[0], views[1]), (view_size[0], view_size[1]), geometry, blank)
 
     def __len__(self) -> int:
@@ -105,9 +107,16 @@ class RoomsChats:
         asked = self.rooms.load(index, request, self.questions)
         if not asked.questions:
             raise InputError(f"no question about room {index}", f"with {request.num_views} views", "")
-        first, *later = stream("order", seed, index).shuffled(asked.questions)
+        draws = stream("order", seed, index)
+        order = draws.shuffled(asked.questions)
+        (words, answer), *later = [said(question, openly=draws.chance(self.openly)) for question in order]
         images = [ImageAt(i) for i in range(request.num_views)]
-        opening = Turn(tuple(place_images(first.prompt(len(images)), images)), first.answer)
-        turns = [opening, *(Turn((question.words,), question.answer) for question in later)]
+        first = Turn(tuple(place_images(opening(len(images), words), images)), answer)
+        turns = [first, *(Turn((words,), answer) for words, answer in later)]
         marks = next((question.marks for question in asked.questions if question.marks), ())
-        return self.showing.sample(asked.sample, turns, self.name, first.task, marks)
+        return self.showing.sample(asked.sample, turns, self.name, order[0].task, marks)
+
+
+def said(question: Question, openly: bool) -> tuple[str, str]:
+    """What is asked and answered; openly, without the options."""
+    return (question.open_words, question.answer_text) if openly else (question.words, question.answer)

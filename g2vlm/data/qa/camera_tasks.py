@@ -4,6 +4,7 @@ The camera's centre is the translation of camera-to-world; frames count from 1.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
 
@@ -148,23 +149,46 @@ def obj_obj_relative_pos(
         yield Draft(question, answer, (other,), (a.category, b.category))
 
 
+@dataclass(frozen=True)
+class Point:
+    """A pixel and its depth in metres."""
+
+    row: int
+    column: int
+    depth: float
+
+
+def flat_point(frame: Frame, draws: Draws) -> Point | None:
+    """A random pixel away from the border around which the depth does not jump; None where one try finds none."""
+    if frame.depth is None:
+        return None
+    height, width = frame.size
+    row, column = draws.integer(BORDER, height - 1 - BORDER), draws.integer(BORDER, width - 1 - BORDER)
+    around = frame.depth[row - PATCH : row + PATCH + 1, column - PATCH : column + PATCH + 1]
+    depth = float(frame.depth[row, column])
+    flat = float(around.max() - around.min()) <= FLAT * depth
+    return Point(row, column, depth) if DEPTHS[0] <= depth <= DEPTHS[1] and flat else None
+
+
+def mark_at(view: int, frame: Frame, point: Point) -> Mark:
+    """The dot on a pixel."""
+    height, width = frame.size
+    return Mark(view, (point.column + 0.5) / width, (point.row + 0.5) / height)
+
+
 def point_depth(facts: SceneFacts, rules: Rules, draws: Draws) -> Iterator[Draft]:
     """Depth of a red dot along the optical axis, metres to one decimal; not where the depth jumps nearby."""
     frames = [k for k, frame in enumerate(facts.frames) if frame.depth is not None]
     for _ in range(POINT_TRIES if frames else 0):
         k = draws.choice(frames)
-        depth, (height, width) = facts.frames[k].depth, facts.frames[k].size
-        assert depth is not None
-        row, column = draws.integer(BORDER, height - 1 - BORDER), draws.integer(BORDER, width - 1 - BORDER)
-        around = depth[row - PATCH : row + PATCH + 1, column - PATCH : column + PATCH + 1]
-        value = float(depth[row, column])
-        if not DEPTHS[0] <= value <= DEPTHS[1] or float(around.max() - around.min()) > FLAT * value:
+        point = flat_point(facts.frames[k], draws)
+        if point is None:
             continue
         question = (
             f"What is the depth of the point marked in red in {at(facts, k)}, measured along the viewing direction of "
             "the camera (in meters)?"
         )
-        yield Draft(question, f"{value:.1f}", marks=(Mark(k, (column + 0.5) / width, (row + 0.5) / height),))
+        yield Draft(question, f"{point.depth:.1f}", marks=(mark_at(k, facts.frames[k], point),))
 
 
 CAMERA_TASKS: dict[str, Generator] = {

@@ -69,14 +69,24 @@ class Question:
         options = "\nOptions:\n" + "\n".join(self.options) if self.options else ""
         return f"{self.question}{options}\n{POST_PROMPTS[self.kind]}"
 
+    @property
+    def open_words(self) -> str:
+        """What is asked, to be answered with `answer_text`."""
+        return f"{self.question}\n{POST_PROMPTS['number']}"
+
     def prompt(self, num_views: int) -> str:
         """What the model is asked about some views, each in the place that bears its number."""
-        return f"{PRE_PROMPT}{placed_frames(num_views)}{self.words}"
+        return opening(num_views, self.words)
 
     @property
     def answer_text(self) -> str:
         """The right option's words, or the number."""
         return self.answer if self.kind == "number" else option_text(self.options[letters().index(self.answer)])
+
+
+def opening(num_views: int, words: str) -> str:
+    """Some views, each in the place that bears its number, and what is asked first."""
+    return f"{PRE_PROMPT}{placed_frames(num_views)}{words}"
 
 
 def frame_name(number: int, count: int) -> str:

@@ -3,13 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from g2vlm.data.chat.descriptions import RoomDescriptions, cells, moved, objects
+from g2vlm.data.chat.descriptions import RoomDescriptions, cells, moved, objects, place
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.rooms import MOST_TEXT, OPENING, RoomsChats
 from g2vlm.data.chat.types import ChatSample, ImageAt
 from g2vlm.data.qa.boxes import Box
 from g2vlm.data.qa.facts import Frame, SceneFacts, SceneObject, Sighting
 from g2vlm.data.qa.showing import GREY
+from g2vlm.data.rooms.draws import Draws
 from g2vlm.errors import InputError
 from tests.train.chats import layout
 
@@ -97,7 +98,7 @@ def test_a_blind_model_sees_grey_and_reads_the_same_question() -> None:
 
 
 def test_descriptions_of_rooms() -> None:
-    """Nine cells for each view, in row order; apart, each view stands before what is said about it."""
+    """Nine cells for each view, its objects, its marked point; apart, each view stands before what is said about it."""
     together, apart = (
         build_chat_source("rooms_descriptions", None, (56, 56), views=[2, 3], apart=apart) for apart in (False, True)
     )
@@ -105,21 +106,51 @@ def test_descriptions_of_rooms() -> None:
         sample = together.load(index, index)
         count = len(sample.images)
         said = {str(turn.parts[-1]).splitlines()[-1]: turn.answer for turn in (sample.shape.turns)}
-        for k in range(count):
-            assert len(said[f"What is in frame {k + 1} of {count}?"].split(", ")) == 9
-        assert len(said) == 3 * count - 1
+        named = [f"frame {k + 1} of {count}" for k in range(count)]
+        points = [name for name in named if f"How deep is the point marked in red in {name}?" in said]
+        for name in named:
+            assert len(said[f"What is in {name}?"].split(", ")) == 9
+        assert len(said) == 3 * count - 1 + len(points)
         assert sample.parts[:2] == (f"These are frames of a video.\nframe 1 of {count}: ", ImageAt(0))
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(together.shape(index, index))
         alone = apart.load(index, index)
-        order = []
-        for shown, listed in zip(alone.shape.turns[::2], alone.shape.turns[1::2], strict=True):
-            assert isinstance(shown.parts[0], ImageAt)
-            order.append(shown.parts[0].index)
-            name = f"frame {order[-1] + 1} of {count}"
-            assert shown.answer == said[f"What is in {name}?"]
-            assert listed.answer == said[f"Which objects are in {name}, from left to right?"]
+        order: list[int] = []
+        for turn in alone.shape.turns:
+            order += [part.index for part in turn.parts if isinstance(part, ImageAt)]
+            name, asked = named[order[-1]], turn.parts[-1]
+            if asked == "What is in this frame?":
+                assert turn.answer == said[f"What is in {name}?"]
+            elif asked == "Which objects, and where?":
+                listed = said[f"Which objects are in {name}, and where?"]
+                assert sorted(turn.answer.split(", ")) == sorted(listed.split(", "))
+            else:
+                assert turn.answer == said[f"How deep is the point marked in red in {name}?"]
         assert sorted(order) == list(range(count))
         assert layout().num_tokens(alone.shape) <= layout().num_tokens(apart.shape(index, index))
+
+
+def test_a_point_is_marked_in_every_view_that_tells_its_depth() -> None:
+    source = RoomDescriptions(views=(3, 3), view_size=(84, 84), apart=True)
+    marked_views = 0
+    for index in range(6):
+        sample = source.load(index, index)
+        assert sample.scene is not None
+        assert sample.scene.depth is not None
+        view, depths = 0, {}
+        for turn in sample.shape.turns:
+            view = next((part.index for part in turn.parts if isinstance(part, ImageAt)), view)
+            if turn.parts[-1] == "How deep is the point marked in red?":
+                depths[view] = float(turn.answer)
+        plain = sample.scene.images.permute(0, 2, 3, 1).numpy()
+        for k in range(3):
+            red = (sample.images[k] == (255, 0, 0)).all(-1) & (plain[k] != sample.images[k]).any(-1)
+            assert red.any() == (k in depths)
+            if k in depths:
+                rows, columns = np.nonzero(red)
+                depth = sample.scene.depth[k][round(rows.mean()), round(columns.mean())]
+                assert abs(float(depth) - depths[k]) <= 0.05 + 0.05 * depths[k]
+                marked_views += 1
+    assert marked_views > 9
 
 
 def test_cells_are_told_row_by_row() -> None:
@@ -138,18 +169,21 @@ def test_cells_are_told_row_by_row() -> None:
             assert text == f"{np.median(depth.numpy()):.1f} {named}"
 
 
-def test_objects_are_told_from_left_to_right_and_movements_in_the_first_camera() -> None:
+def test_objects_are_told_with_places_and_movements_in_the_first_camera() -> None:
     """One camera looks along +y from the origin, the other is 1 m to its right and 2 m behind it, looking back."""
     first, second = np.eye(4), np.eye(4)
     first[:3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: right +x, down -z, forward +y
     second[:3, :3], second[:3, 3] = first[:3, :3] @ np.diag([-1, 1, -1]), (1, -2, 0)
     box = Box(np.array([0.0, 3.0, 0.0]), np.array([1.0, 1.0, 1.0]), np.eye(3))
     things = tuple(SceneObject(i, name, box) for i, name in enumerate(("bed", "lamp", "sofa")))
-    seen = (Sighting(0, (60, 0, 80, 9), 0.1), Sighting(1, (0, 0, 20, 9), 0.2), Sighting(2, (5, 0, 6, 9), 0.001))
+    seen = (Sighting(0, (62, 70, 83, 83), 0.1), Sighting(1, (0, 0, 20, 9), 0.2), Sighting(2, (5, 0, 6, 9), 0.001))
     frames = [Frame(float(i), pose, np.eye(3), (84, 84), seen) for i, pose in enumerate((first, second))]
     facts = SceneFacts("room", things, tuple(frames), 20.0)
-    assert objects(facts, frames[0]) == "2.5 lamp, 2.5 bed"
-    assert objects(facts, replace(frames[0], sightings=seen[2:])) == "none"
+    told = {objects(facts, frames[0], Draws(seed)) for seed in range(20)}
+    assert told == {"bed 89 2.5, lamp 10 2.5", "lamp 10 2.5, bed 89 2.5"}
+    assert objects(facts, replace(frames[0], sightings=seen[2:]), Draws(0)) == "none"
+    assert place((0, 0, 83, 83), (84, 84)) == "55"
+    assert place((83, 0, 83, 0), (84, 84)) == "90"
     assert moved(frames[0], frames[1]) == "1.0 Right, 2.0 Backward"
     assert moved(frames[1], frames[0]) == "1.0 Right, 2.0 Backward"
 
@@ -164,3 +198,22 @@ def test_questions_about_a_room_come_in_any_order() -> None:
         assert sorted(told) == sorted(question.words for question in chosen)
         moved_away += told[0] != chosen[0].words
     assert moved_away
+
+
+def test_questions_with_options_can_be_asked_openly() -> None:
+    """In the same words but for the options, and answered with the right one's."""
+    asked, openly = (build_chat_source("rooms_qa", None, (28, 28), questions=8, openly=p) for p in (0.0, 1.0))
+    opened = 0
+    for index in range(4):
+        chosen = asked.rooms.load(index, asked.showing.request(index), 8).questions
+        turns = openly.load(index, index).shape.turns
+        said = {str(turn.parts[-1]).removeprefix("\n"): turn.answer for turn in turns}
+        for question in chosen:
+            assert said[question.open_words] == question.answer_text
+            assert "Options" not in question.open_words
+            opened += bool(question.options)
+            assert not question.options or question.words not in said
+    assert opened > 4
+    half = build_chat_source("rooms_qa", None, (28, 28), questions=8, openly=0.5)
+    texts = [str(turn.parts[-1]) for index in range(6) for turn in half.load(index, index).shape.turns]
+    assert 0 < sum("Options" in text for text in texts) < len(texts)
