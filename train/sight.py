@@ -1,0 +1,207 @@
+"""First sight: the semantic encoder of a small model learns what every patch of a room shows and how far away it is.
+
+Large models start from a pretrained vision tower; there is none for presets that train on a laptop, and answers teach it
+too little. `python -m train.sight --model DIR --output DIR` renders rooms once, goes through them many times, and writes
+the model with the encoder that it has trained; everything else stays as it was.
+
+V views of a batch, P patches of a view, T = P / 4 tokens, D their width, C categories.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from g2vlm.chat_model import processor_of
+from g2vlm.checkpoint import load_model, save_model
+from g2vlm.cli import guarded, log_to_stderr
+from g2vlm.data.rooms import RoomsSource
+from g2vlm.data.rooms.scene import Scene
+from g2vlm.data.types import SceneSample, ViewRequest
+from g2vlm.images import PATCH
+from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.semantic_images import MERGE, SemanticRule, semantic_pixels
+
+LOG = logging.getLogger(__name__)
+LAW, CAMERAS = "any_size", "inquiring"
+VIEWS, SIDE = 4, 84
+BLOCK = MERGE * PATCH
+VIEWS_PER_STEP, HIDDEN = 96, 256
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Rendered views and what their patches show, in the order of the encoder's patches.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        owners: (N, P) int64, number of the category that fills most of each patch.
+        depths: (N, P) float32, median depth in metres of what it shows.
+        categories: their names.
+    """
+
+    images: NDArray[np.uint8]
+    owners: NDArray[np.int64]
+    depths: NDArray[np.float32]
+    categories: tuple[str, ...]
+
+
+def lessons(rooms: range, seed: int, workers: int) -> Lessons:
+    """Views of training rooms, rendered by several processes."""
+    with ProcessPoolExecutor(workers) as pool:
+        told = list(pool.map(partial(_lesson, seed), rooms, chunksize=16))
+    names = sorted({name for _, owners, _ in told for name in owners})
+    numbers = {name: number for number, name in enumerate(names)}
+    owners = np.array([[numbers[name] for name in owners] for _, owners, _ in told]).reshape(len(rooms) * VIEWS, -1)
+    depths = np.concatenate([depths for *_, depths in told])
+    return Lessons(np.concatenate([images for images, *_ in told]), owners, depths, tuple(names))
+
+
+def _lesson(seed: int, index: int) -> tuple[NDArray[np.uint8], list[str], NDArray[np.float32]]:
+    torch.set_num_threads(1)
+    source = RoomsSource(LAW, "train", seed, CAMERAS)
+    scene = source.load(index, ViewRequest(VIEWS, (SIDE, SIDE), index))
+    owners, depths = patches(source.scene(index), scene)
+    return scene.images.permute(0, 2, 3, 1).numpy(), owners, depths
+
+
+def patches(room: Scene, scene: SceneSample) -> tuple[list[str], NDArray[np.float32]]:
+    """Category and median depth of what fills most of each patch: V * P names, (V, P) metres."""
+    assert scene.instances is not None
+    assert scene.depth is not None
+    names = {thing.index: thing.category for thing in room.instances}
+    owners, depths = (_cut(values.numpy()) for values in (scene.instances, scene.depth))
+    told, metres = [], []
+    for owner, depth in zip(owners, depths, strict=True):
+        values, counts = np.unique(owner, return_counts=True)
+        most = int(values[counts.argmax()])
+        told.append(names[most])
+        metres.append(np.median(depth[owner == most]))
+    return told, np.array(metres, np.float32).reshape(scene.num_views, -1)
+
+
+def _cut(values: NDArray) -> NDArray:
+    """(V, H, W) -> (V * P, patch area), the patches of a token together as the encoder takes them."""
+    views, height, width = values.shape
+    blocks = values.reshape(views, height // BLOCK, MERGE, PATCH, width // BLOCK, MERGE, PATCH)
+    return blocks.transpose(0, 1, 4, 2, 5, 3, 6).reshape(-1, PATCH * PATCH)
+
+
+class Reader(nn.Module):
+    """What the encoder's tokens (V, T, D) say of their patches: scores (V, P, C) and log metres (V, P)."""
+
+    def __init__(self, tokens: int, width: int, categories: int):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(tokens, HIDDEN))
+        self.hidden, self.out = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, MERGE**2 * (categories + 1))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and log depths."""
+        values = self.out(F.gelu(self.hidden(tokens) + self.place))
+        values = values.unflatten(-1, (MERGE**2, -1)).flatten(1, 2)
+        return values[..., :-1], values[..., -1]
+
+
+def encode(model: G2VLMForConditionalGeneration, rule: SemanticRule, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Tokens (V, T, D) of images of one size."""
+    pixels, grids = semantic_pixels(images, rule)
+    tokens = model.encode_images(torch.from_numpy(pixels), torch.from_numpy(grids)).merged
+    return tokens.unflatten(0, (len(images), -1))
+
+
+def teach(
+    model: G2VLMForConditionalGeneration, rule: SemanticRule, shown: Lessons, steps: int, lr: float, seed: int
+) -> Reader:
+    """Train the encoder in place: cross-entropy of the categories, and the absolute error of the log depths."""
+    torch.manual_seed(seed)
+    reader = Reader(shown.owners.shape[1] // MERGE**2, model.config.decoder.hidden_size, len(shown.categories))
+    weights = [*model.semantic_encoder.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05, cycle_momentum=False)
+    for step, batch in zip(range(1, steps + 1), _batches(len(shown.images), seed), strict=False):
+        scores, log_depths = reader(encode(model, rule, shown.images[batch]))
+        owners, depths = torch.from_numpy(shown.owners[batch]), torch.from_numpy(shown.depths[batch])
+        what = F.cross_entropy(scores.flatten(0, 1), owners.flatten())
+        far = (log_depths - depths.log()).abs().mean()
+        optimizer.zero_grad()
+        (what + far).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            LOG.info("step %d/%d  categories %.3f  log depth %.3f", step, steps, what.item(), far.item())
+    return reader
+
+
+def _batches(count: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    generator = np.random.default_rng(seed)
+    while True:
+        order = generator.permutation(count)
+        for start in range(0, count - VIEWS_PER_STEP + 1, VIEWS_PER_STEP):
+            yield order[start : start + VIEWS_PER_STEP]
+
+
+@torch.inference_mode()
+def read(model: G2VLMForConditionalGeneration, rule: SemanticRule, reader: Reader, shown: Lessons) -> str:
+    """What the encoder knows of views it never saw, beside the most frequent category and a constant depth."""
+    parts = [reader(encode(model, rule, shown.images[i : i + 64])) for i in range(0, len(shown.images), 64)]
+    found = torch.cat([scores.argmax(-1) for scores, _ in parts]).numpy()
+    error = np.abs(torch.cat([depths for _, depths in parts]).numpy() - np.log(shown.depths)).mean()
+    things = ~np.isin(shown.owners, [shown.categories.index(name) for name in ("wall", "floor", "ceiling")])
+    right, common = found == shown.owners, np.bincount(shown.owners[things]).argmax()
+    constant = np.abs(np.log(shown.depths) - np.median(np.log(shown.depths))).mean()
+    return (
+        f"patches: {100 * right.mean():.1f} % of the categories right; of things {100 * right[things].mean():.1f} % "
+        f"(most frequent {100 * (shown.owners[things] == common).mean():.1f} %); error of log depth {error:.3f} "
+        f"(constant {constant:.3f})"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Teach and save; the last rooms are kept apart to measure."""
+    parser = argparse.ArgumentParser(prog="python -m train.sight", description=__doc__)
+    parser.add_argument("--model", required=True, help="model folder to start from")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the model")
+    parser.add_argument("--rooms", type=int, default=6000, help="rendered rooms")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    args = parser.parse_args(arguments)
+    log_to_stderr()
+    return guarded(lambda: carry_out(args), debug=False)
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """What the flags ask for.
+
+    Raises:
+        InputError: no such model, or the output folder is taken.
+    """
+    model = load_model(args.model, dtype=torch.float32)
+    rule, apart = processor_of(model.config).rule, max(args.rooms // 50, 8)
+    LOG.info("rendering %d rooms", args.rooms + apart)
+    shown = lessons(range(args.rooms + apart), args.seed, args.workers)
+    first = VIEWS * args.rooms
+    taught, kept = (
+        Lessons(shown.images[part], shown.owners[part], shown.depths[part], shown.categories)
+        for part in (slice(first), slice(first, None))
+    )
+    reader = teach(model, rule, taught, args.steps, args.lr, args.seed)
+    LOG.info(read(model, rule, reader, kept))
+    save_model(model, args.output)
+    LOG.info("model in %s", args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
