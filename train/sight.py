@@ -1,8 +1,8 @@
 """First sight: the semantic encoder of a small model learns what every patch of a room shows and how far away it is.
 
-Large models start from a pretrained vision tower; there is none for presets that train on a laptop, and answers teach it
-too little. `python -m train.sight --model DIR --output DIR` renders rooms once, goes through them many times, and writes
-the model with the encoder that it has trained; everything else stays as it was.
+Large models start from a pretrained vision tower; there is none for presets that train on a laptop, and answers teach
+it too little. `python -m train.sight --model DIR --output DIR` renders rooms once, goes through them many times, and
+writes the model with the encoder that it has trained; everything else stays as it was.
 
 V views of a batch, P patches of a view, T = P / 4 tokens, D their width, C categories.
 """
@@ -112,9 +112,9 @@ class Reader(nn.Module):
         return values[..., :-1], values[..., -1]
 
 
-def encode(model: G2VLMForConditionalGeneration, rule: SemanticRule, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Tokens (V, T, D) of images of one size."""
-    pixels, grids = semantic_pixels(images, rule)
+def encode(model: G2VLMForConditionalGeneration, rule: SemanticRule, images: NDArray[np.uint8]) -> Tensor:
+    """Tokens (V, T, D) of images (V, H, W, 3)."""
+    pixels, grids = semantic_pixels(list(images), rule)
     tokens = model.encode_images(torch.from_numpy(pixels), torch.from_numpy(grids)).merged
     return tokens.unflatten(0, (len(images), -1))
 
