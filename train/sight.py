@@ -1,4 +1,4 @@
-"""First sight: the semantic encoder of a small model learns what every patch of a room shows and how far away it is.
+"""First sight: the semantic encoder of a small model learns what is where in a room, and how far away.
 
 Large models start from a pretrained vision tower; there is none for presets that train on a laptop, and answers teach
 it too little. `python -m train.sight --model DIR --output DIR` renders rooms once, goes through them many times, and
@@ -26,7 +26,7 @@ from g2vlm.chat_model import processor_of
 from g2vlm.checkpoint import load_model, save_model
 from g2vlm.cli import guarded, log_to_stderr
 from g2vlm.data.rooms import RoomsSource
-from g2vlm.data.rooms.scene import Scene
+from g2vlm.data.rooms.scene import STRUCTURE, Scene
 from g2vlm.data.types import SceneSample, ViewRequest
 from g2vlm.images import PATCH
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -97,19 +97,34 @@ def _cut(values: NDArray) -> NDArray:
     return blocks.transpose(0, 1, 4, 2, 5, 3, 6).reshape(-1, PATCH * PATCH)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What tokens say.
+
+    Args:
+        categories: (V, P, C) scores.
+        log_depths: (V, P) of metres.
+        places: (V, T, T) scores of the place of each token in the image.
+    """
+
+    categories: Tensor
+    log_depths: Tensor
+    places: Tensor
+
+
 class Reader(nn.Module):
-    """What the encoder's tokens (V, T, D) say of their patches: scores (V, P, C) and log metres (V, P)."""
+    """Reads the encoder's tokens (V, T, D), one by one."""
 
     def __init__(self, tokens: int, width: int, categories: int):
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(tokens, HIDDEN))
-        self.hidden, self.out = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, MERGE**2 * (categories + 1))
+        self.hidden, self.place = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, tokens)
+        self.patches = nn.Linear(HIDDEN, MERGE**2 * (categories + 1))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and log depths."""
-        values = self.out(F.gelu(self.hidden(tokens) + self.place))
-        values = values.unflatten(-1, (MERGE**2, -1)).flatten(1, 2)
-        return values[..., :-1], values[..., -1]
+    def forward(self, tokens: Tensor) -> Reading:
+        """What they say."""
+        hidden = F.gelu(self.hidden(tokens))
+        patches = self.patches(hidden).unflatten(-1, (MERGE**2, -1)).flatten(1, 2)
+        return Reading(patches[..., :-1], patches[..., -1], self.place(hidden))
 
 
 def encode(model: G2VLMForConditionalGeneration, rule: SemanticRule, images: NDArray[np.uint8]) -> Tensor:
@@ -122,24 +137,30 @@ def encode(model: G2VLMForConditionalGeneration, rule: SemanticRule, images: NDA
 def teach(
     model: G2VLMForConditionalGeneration, rule: SemanticRule, shown: Lessons, steps: int, lr: float, seed: int
 ) -> Reader:
-    """Train the encoder in place: cross-entropy of the categories, and the absolute error of the log depths."""
+    """Train the encoder in place: cross-entropy of categories and places, and the absolute error of the log depths.
+
+    Attention turns keys and queries by their positions, values not: unless its content tells where a token is, what
+    attends to it does not know.
+    """
     torch.manual_seed(seed)
     reader = Reader(shown.owners.shape[1] // MERGE**2, model.config.decoder.hidden_size, len(shown.categories))
     weights = [*model.semantic_encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05, cycle_momentum=False)
     for step, batch in zip(range(1, steps + 1), _batches(len(shown.images), seed), strict=False):
-        scores, log_depths = reader(encode(model, rule, shown.images[batch]))
+        told = reader(encode(model, rule, shown.images[batch]))
         owners, depths = torch.from_numpy(shown.owners[batch]), torch.from_numpy(shown.depths[batch])
-        what = F.cross_entropy(scores.flatten(0, 1), owners.flatten())
-        far = (log_depths - depths.log()).abs().mean()
+        what = F.cross_entropy(told.categories.flatten(0, 1), owners.flatten())
+        far = (told.log_depths - depths.log()).abs().mean()
+        where = F.cross_entropy(told.places.flatten(0, 1), torch.arange(told.places.shape[1]).repeat(len(batch)))
         optimizer.zero_grad()
-        (what + far).backward()
+        (what + far + where).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            LOG.info("step %d/%d  categories %.3f  log depth %.3f", step, steps, what.item(), far.item())
+            losses = what.item(), far.item(), where.item()
+            LOG.info("step %d/%d  categories %.3f  log depth %.3f  places %.3f", step, steps, *losses)
     return reader
 
 
@@ -155,15 +176,16 @@ def _batches(count: int, seed: int) -> Iterator[NDArray[np.int64]]:
 def read(model: G2VLMForConditionalGeneration, rule: SemanticRule, reader: Reader, shown: Lessons) -> str:
     """What the encoder knows of views it never saw, beside the most frequent category and a constant depth."""
     parts = [reader(encode(model, rule, shown.images[i : i + 64])) for i in range(0, len(shown.images), 64)]
-    found = torch.cat([scores.argmax(-1) for scores, _ in parts]).numpy()
-    error = np.abs(torch.cat([depths for _, depths in parts]).numpy() - np.log(shown.depths)).mean()
-    things = ~np.isin(shown.owners, [shown.categories.index(name) for name in ("wall", "floor", "ceiling")])
+    found = torch.cat([told.categories.argmax(-1) for told in parts]).numpy()
+    error = np.abs(torch.cat([told.log_depths for told in parts]).numpy() - np.log(shown.depths)).mean()
+    places = torch.cat([told.places.argmax(-1) for told in parts])
+    things = ~np.isin(shown.owners, [shown.categories.index(name) for name in STRUCTURE])
     right, common = found == shown.owners, np.bincount(shown.owners[things]).argmax()
     constant = np.abs(np.log(shown.depths) - np.median(np.log(shown.depths))).mean()
     return (
         f"patches: {100 * right.mean():.1f} % of the categories right; of things {100 * right[things].mean():.1f} % "
         f"(most frequent {100 * (shown.owners[things] == common).mean():.1f} %); error of log depth {error:.3f} "
-        f"(constant {constant:.3f})"
+        f"(constant {constant:.3f}); places {100 * (places == torch.arange(places.shape[1])).float().mean():.1f} %"
     )
 
 

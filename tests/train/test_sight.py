@@ -71,12 +71,13 @@ def test_the_encoder_learns_and_nothing_else_changes(shown: Lessons, model: G2VL
     assert changed
     assert all(name.startswith("semantic_encoder.") for name in changed)
     with torch.no_grad():
-        scores, log_depths = reader(encode(model, rule, shown.images))
-    right = (scores.argmax(-1).numpy() == shown.owners).mean()
+        told = reader(encode(model, rule, shown.images))
+    right = (told.categories.argmax(-1).numpy() == shown.owners).mean()
     common = (shown.owners == np.bincount(shown.owners.flat).argmax()).mean()
     assert right > common + 0.15
     spread = np.abs(np.log(shown.depths) - np.median(np.log(shown.depths))).mean()
-    assert np.abs(log_depths.numpy() - np.log(shown.depths)).mean() < 0.8 * spread
+    assert np.abs(told.log_depths.numpy() - np.log(shown.depths)).mean() < 0.8 * spread
+    assert (told.places.argmax(-1) == torch.arange(9)).float().mean() > 0.5
     assert f"{100 * right:.1f} % of the categories right" in read(model, rule, reader, shown)
 
 

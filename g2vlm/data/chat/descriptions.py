@@ -3,12 +3,11 @@
 A question about a room teaches a word or two; a description teaches dozens, each about another place of the views.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from g2vlm.data.chat.rooms import OPENING, Showing
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
@@ -21,12 +20,14 @@ from g2vlm.data.qa.rooms import room_facts
 from g2vlm.data.qa.rules import STILLS
 from g2vlm.data.rooms import RoomsSource, Scene
 from g2vlm.data.rooms.draws import Draws
+from g2vlm.data.rooms.scene import STRUCTURE
 from g2vlm.data.types import SceneSample
 from g2vlm.prompts import place_images
 
-GRID = 3
-"""Rows and columns of the cells that a description names."""
-MOST_TEXT, MOST_APART = 240, 160
+NUM_POINTS = 8
+"""Points of a view that a description tells of."""
+
+MOST_TEXT, MOST_APART = 300, 240
 """Tokens that packs reserve for what is said about a view; where views are shown apart, there is less of it."""
 
 
@@ -78,10 +79,10 @@ class RoomDescriptions:
 
 
 def apart(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[int, str], draws: Draws) -> list[Turn]:
-    """Every view with what its cells show, its objects, and the depth of its marked point."""
+    """Every view with what is where in it, its objects, and the depth of its marked point."""
     turns = []
     for k in draws.shuffled(range(scene.num_views)):
-        turns.append(Turn((ImageAt(k), "What is in this frame?"), cells(room, scene, k)))
+        turns.append(Turn((ImageAt(k), "What is where in this frame?"), points(room, scene, k, draws)))
         if k in depths:
             turns.append(Turn(("How deep is the point marked in red?",), depths[k]))
         turns.append(Turn(("Which objects, and where?",), objects(facts, facts.frames[k], draws)))
@@ -89,10 +90,10 @@ def apart(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[in
 
 
 def together(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[int, str], draws: Draws) -> list[Turn]:
-    """All views; then, of each in random order, cells, objects and marked point, and the camera's way to the next."""
+    """All views; then, of each in random order, points, objects and the marked one, and the camera's way to the next."""
     names, turns = [frame_name(k, scene.num_views) for k in range(scene.num_views)], []
     for k, (name, frame) in enumerate(zip(names, facts.frames, strict=True)):
-        turns.append(Turn((f"What is in {name}?",), cells(room, scene, k)))
+        turns.append(Turn((f"What is where in {name}?",), points(room, scene, k, draws)))
         turns.append(Turn((f"Which objects are in {name}, and where?",), objects(facts, frame, draws)))
         if k in depths:
             turns.append(Turn((f"How deep is the point marked in red in {name}?",), depths[k]))
@@ -104,29 +105,31 @@ def together(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping
     return [Turn(tuple(place_images(words, images)), first.answer), *later]
 
 
-def cells(room: Scene, scene: SceneSample, view: int) -> str:
-    """Depth in metres and name of what fills most of each cell of a view, row by row."""
+def points(room: Scene, scene: SceneSample, view: int, draws: Draws) -> str:
+    """Random points of a view, half of them on things: place, what is there, its depth in metres.
+
+    A place is two digits, tenths of the image's width from the left and of its height from the top.
+    """
     assert scene.instances is not None
     assert scene.depth is not None
     names = {thing.index: thing.category for thing in room.instances}
-    instances, depths = (_cells(values[view].numpy()) for values in (scene.instances, scene.depth))
-    found = []
-    for owner, depth in zip(instances, depths, strict=True):
-        values, counts = np.unique(owner, return_counts=True)
-        most = int(values[counts.argmax()])
-        found.append(f"{np.median(depth[owner == most]):.1f} {names[most]}")
-    return ", ".join(found)
-
-
-def _cells(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    for row in np.array_split(values, GRID):
-        yield from np.array_split(row, GRID, axis=1)
+    owners, depth = scene.instances[view].numpy(), scene.depth[view].numpy()
+    things = np.argwhere(~np.isin(owners, [index for index, name in names.items() if name in STRUCTURE]))
+    told = []
+    for number in range(NUM_POINTS):
+        if number % 2 and len(things):
+            row, column = things[draws.integer(0, len(things) - 1)]
+        else:
+            row, column = (draws.integer(0, side - 1) for side in owners.shape)
+        where = place((column, row, column, row), (owners.shape[0], owners.shape[1]))
+        told.append(f"{where} {names[int(owners[row, column])]} {depth[row, column]:.1f}")
+    return ", ".join(told)
 
 
 def objects(facts: SceneFacts, frame: Frame, draws: Draws) -> str:
     """What is seen well in a frame, in random order: name, where the middle of its image is, distance from the camera.
 
-    The place is two digits, tenths of the image's width from the left and of its height from the top; metres.
+    Places are as in `points`; distances are in metres.
     """
     seen = [s for s in frame.sightings if s.share >= STILLS.min_share and s.instance in facts.by_instance]
     told = []

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from g2vlm.data.chat.descriptions import RoomDescriptions, cells, moved, objects, place
+from g2vlm.data.chat.descriptions import NUM_POINTS, RoomDescriptions, moved, objects, place, points
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.rooms import MOST_TEXT, OPENING, RoomsChats
 from g2vlm.data.chat.types import ChatSample, ImageAt
@@ -11,6 +11,7 @@ from g2vlm.data.qa.boxes import Box
 from g2vlm.data.qa.facts import Frame, SceneFacts, SceneObject, Sighting
 from g2vlm.data.qa.showing import GREY
 from g2vlm.data.rooms.draws import Draws
+from g2vlm.data.rooms.scene import STRUCTURE
 from g2vlm.errors import InputError
 from tests.train.chats import layout
 
@@ -98,7 +99,7 @@ def test_a_blind_model_sees_grey_and_reads_the_same_question() -> None:
 
 
 def test_descriptions_of_rooms() -> None:
-    """Nine cells for each view, its objects, its marked point; apart, each view stands before what is said about it."""
+    """Points of each view, its objects, its marked point; apart, each view stands before what is said about it."""
     together, apart = (
         build_chat_source("rooms_descriptions", None, (56, 56), views=[2, 3], apart=apart) for apart in (False, True)
     )
@@ -107,10 +108,10 @@ def test_descriptions_of_rooms() -> None:
         count = len(sample.images)
         said = {str(turn.parts[-1]).splitlines()[-1]: turn.answer for turn in (sample.shape.turns)}
         named = [f"frame {k + 1} of {count}" for k in range(count)]
-        points = [name for name in named if f"How deep is the point marked in red in {name}?" in said]
+        marked = [name for name in named if f"How deep is the point marked in red in {name}?" in said]
         for name in named:
-            assert len(said[f"What is in {name}?"].split(", ")) == 9
-        assert len(said) == 3 * count - 1 + len(points)
+            assert len(said[f"What is where in {name}?"].split(", ")) == NUM_POINTS
+        assert len(said) == 3 * count - 1 + len(marked)
         assert sample.parts[:2] == (f"These are frames of a video.\nframe 1 of {count}: ", ImageAt(0))
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(together.shape(index, index))
         alone = apart.load(index, index)
@@ -118,8 +119,8 @@ def test_descriptions_of_rooms() -> None:
         for turn in alone.shape.turns:
             order += [part.index for part in turn.parts if isinstance(part, ImageAt)]
             name, asked = named[order[-1]], turn.parts[-1]
-            if asked == "What is in this frame?":
-                assert turn.answer == said[f"What is in {name}?"]
+            if asked == "What is where in this frame?":
+                assert len(turn.answer.split(", ")) == NUM_POINTS
             elif asked == "Which objects, and where?":
                 listed = said[f"Which objects are in {name}, and where?"]
                 assert sorted(turn.answer.split(", ")) == sorted(listed.split(", "))
@@ -153,20 +154,23 @@ def test_a_point_is_marked_in_every_view_that_tells_its_depth() -> None:
     assert marked_views > 9
 
 
-def test_cells_are_told_row_by_row() -> None:
+def test_points_are_told_with_what_is_there() -> None:
+    """Some pixel in the tenth that is told shows that thing at that depth; half of the points are on things."""
     source = RoomDescriptions(view_size=(84, 84))
     scene, room = source.rooms.load(0, source.showing.request(0)), source.rooms.scene(0)
     assert scene.depth is not None
     assert scene.instances is not None
+    names, structure = {thing.index: thing.category for thing in room.instances}, 0
+    tenth = (np.arange(84) + 0.5) * 10 // 84
     for view in range(scene.num_views):
-        told = cells(room, scene, view).split(", ")
-        for cell, text in enumerate(told):
-            part = slice(28 * (cell // 3), 28 * (cell // 3) + 28), slice(28 * (cell % 3), 28 * (cell % 3) + 28)
-            owners = scene.instances[view][part].flatten().tolist()
-            most = max(sorted(set(owners)), key=owners.count)
-            named = next(thing.category for thing in room.instances if thing.index == most)
-            depth = scene.depth[view][part][scene.instances[view][part] == most]
-            assert text == f"{np.median(depth.numpy()):.1f} {named}"
+        owners, depth = scene.instances[view].numpy(), scene.depth[view].numpy()
+        for text in points(room, scene, view, Draws(view)).split(", "):
+            where, name, metres = text.split(" ")
+            there = (tenth[:, None] == int(where[1])) & (tenth[None] == int(where[0]))
+            assert any(names[int(owner)] == name and f"{d:.1f}" == metres
+                       for owner, d in zip(owners[there], depth[there], strict=True))  # fmt: skip
+            structure += name in STRUCTURE
+    assert NUM_POINTS * scene.num_views / 8 < structure <= NUM_POINTS * scene.num_views / 2 + 3
 
 
 def test_objects_are_told_with_places_and_movements_in_the_first_camera() -> None:
