@@ -3,11 +3,12 @@
 A question about a room teaches a word or two; a description teaches dozens, each about another place of the views.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from g2vlm.data.chat.rooms import OPENING, Showing
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
@@ -20,14 +21,13 @@ from g2vlm.data.qa.rooms import room_facts
 from g2vlm.data.qa.rules import STILLS
 from g2vlm.data.rooms import RoomsSource, Scene
 from g2vlm.data.rooms.draws import Draws
-from g2vlm.data.rooms.scene import STRUCTURE
 from g2vlm.data.types import SceneSample
 from g2vlm.prompts import place_images
 
-NUM_POINTS = 8
-"""Points of a view that a description tells of."""
+GRID = 3
+"""Rows and columns of a view's cells: their numbers have one digit, and an image of 84 pixels has as many tokens."""
 
-MOST_TEXT, MOST_APART = 300, 240
+MOST_TEXT, MOST_APART = 280, 220
 """Tokens that packs reserve for what is said about a view; where views are shown apart, there is less of it."""
 
 
@@ -82,7 +82,7 @@ def apart(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[in
     """Every view with what is where in it, its objects, and the depth of its marked point."""
     turns = []
     for k in draws.shuffled(range(scene.num_views)):
-        turns.append(Turn((ImageAt(k), "What is where in this frame?"), points(room, scene, k, draws)))
+        turns.append(Turn((ImageAt(k), "What is where in this frame?"), cells(room, scene, k, draws)))
         if k in depths:
             turns.append(Turn(("How deep is the point marked in red?",), depths[k]))
         turns.append(Turn(("Which objects, and where?",), objects(facts, facts.frames[k], draws)))
@@ -90,10 +90,10 @@ def apart(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[in
 
 
 def together(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping[int, str], draws: Draws) -> list[Turn]:
-    """All views; then, of each in random order, points, objects and the marked one, and the camera's way to the next."""
+    """All views; then, in random order, cells, objects and marked point of each, and the camera's way to the next."""
     names, turns = [frame_name(k, scene.num_views) for k in range(scene.num_views)], []
     for k, (name, frame) in enumerate(zip(names, facts.frames, strict=True)):
-        turns.append(Turn((f"What is where in {name}?",), points(room, scene, k, draws)))
+        turns.append(Turn((f"What is where in {name}?",), cells(room, scene, k, draws)))
         turns.append(Turn((f"Which objects are in {name}, and where?",), objects(facts, frame, draws)))
         if k in depths:
             turns.append(Turn((f"How deep is the point marked in red in {name}?",), depths[k]))
@@ -105,31 +105,32 @@ def together(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping
     return [Turn(tuple(place_images(words, images)), first.answer), *later]
 
 
-def points(room: Scene, scene: SceneSample, view: int, draws: Draws) -> str:
-    """Random points of a view, half of them on things: place, what is there, its depth in metres.
+def cells(room: Scene, scene: SceneSample, view: int, draws: Draws) -> str:
+    """Every cell of a view, in random order: number, name and depth in metres of what fills most of it.
 
-    A place is two digits, tenths of the image's width from the left and of its height from the top.
+    Cells count from 1, row by row.
     """
     assert scene.instances is not None
     assert scene.depth is not None
     names = {thing.index: thing.category for thing in room.instances}
-    owners, depth = scene.instances[view].numpy(), scene.depth[view].numpy()
-    things = np.argwhere(~np.isin(owners, [index for index, name in names.items() if name in STRUCTURE]))
+    instances, depths = (_cells(values[view].numpy()) for values in (scene.instances, scene.depth))
     told = []
-    for number in range(NUM_POINTS):
-        if number % 2 and len(things):
-            row, column = things[draws.integer(0, len(things) - 1)]
-        else:
-            row, column = (draws.integer(0, side - 1) for side in owners.shape)
-        where = place((column, row, column, row), (owners.shape[0], owners.shape[1]))
-        told.append(f"{where} {names[int(owners[row, column])]} {depth[row, column]:.1f}")
-    return ", ".join(told)
+    for number, (owner, depth) in enumerate(zip(instances, depths, strict=True), 1):
+        values, counts = np.unique(owner, return_counts=True)
+        most = int(values[counts.argmax()])
+        told.append(f"{number} {names[most]} {np.median(depth[owner == most]):.1f}")
+    return ", ".join(draws.shuffled(told))
+
+
+def _cells(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for row in np.array_split(values, GRID):
+        yield from np.array_split(row, GRID, axis=1)
 
 
 def objects(facts: SceneFacts, frame: Frame, draws: Draws) -> str:
-    """What is seen well in a frame, in random order: name, where the middle of its image is, distance from the camera.
+    """What is seen well in a frame, in random order: name, cell of its middle, distance from the camera.
 
-    Places are as in `points`; distances are in metres.
+    Cells are as in `cells`; distances are in metres.
     """
     seen = [s for s in frame.sightings if s.share >= STILLS.min_share and s.instance in facts.by_instance]
     told = []
@@ -137,7 +138,7 @@ def objects(facts: SceneFacts, frame: Frame, draws: Draws) -> str:
         thing = facts.by_instance[sighting.instance]
         if thing.category not in facts.unclear:
             distance = float(point_distance(frame.centre[None], thing.box)[0])
-            told.append(f"{thing.category} {place(sighting.box, frame.size)} {distance:.1f}")
+            told.append(f"{thing.category} {cell(sighting.box, frame.size)} {distance:.1f}")
     return ", ".join(told) or "none"
 
 
@@ -146,11 +147,11 @@ def some_point(frame: Frame, draws: Draws) -> Point | None:
     return next((point for _ in range(POINT_TRIES) if (point := flat_point(frame, draws))), None)
 
 
-def place(box: tuple[int, int, int, int], size: tuple[int, int]) -> str:
-    """Tenths of the width and of the height at which the middle of a sighting's box is."""
+def cell(box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
+    """The number of the cell that the middle of a sighting's box is in."""
     height, width = size
-    x, y = (box[0] + box[2] + 1) / 2 / width, (box[1] + box[3] + 1) / 2 / height
-    return f"{int(10 * x)}{int(10 * y)}"
+    column, row = (box[0] + box[2] + 1) / 2 / width, (box[1] + box[3] + 1) / 2 / height
+    return 1 + GRID * int(GRID * row) + int(GRID * column)
 
 
 def moved(start: Frame, end: Frame) -> str:

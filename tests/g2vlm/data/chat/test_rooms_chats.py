@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from g2vlm.data.chat.descriptions import NUM_POINTS, RoomDescriptions, moved, objects, place, points
+from g2vlm.data.chat.descriptions import RoomDescriptions, cell, cells, moved, objects
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.rooms import MOST_TEXT, OPENING, RoomsChats
 from g2vlm.data.chat.types import ChatSample, ImageAt
@@ -11,7 +11,6 @@ from g2vlm.data.qa.boxes import Box
 from g2vlm.data.qa.facts import Frame, SceneFacts, SceneObject, Sighting
 from g2vlm.data.qa.showing import GREY
 from g2vlm.data.rooms.draws import Draws
-from g2vlm.data.rooms.scene import STRUCTURE
 from g2vlm.errors import InputError
 from tests.train.chats import layout
 
@@ -99,7 +98,7 @@ def test_a_blind_model_sees_grey_and_reads_the_same_question() -> None:
 
 
 def test_descriptions_of_rooms() -> None:
-    """Points of each view, its objects, its marked point; apart, each view stands before what is said about it."""
+    """Nine cells of each view, its objects, its marked point; apart, each view stands before what is said about it."""
     together, apart = (
         build_chat_source("rooms_descriptions", None, (56, 56), views=[2, 3], apart=apart) for apart in (False, True)
     )
@@ -110,7 +109,7 @@ def test_descriptions_of_rooms() -> None:
         named = [f"frame {k + 1} of {count}" for k in range(count)]
         marked = [name for name in named if f"How deep is the point marked in red in {name}?" in said]
         for name in named:
-            assert len(said[f"What is where in {name}?"].split(", ")) == NUM_POINTS
+            assert len(said[f"What is where in {name}?"].split(", ")) == 9
         assert len(said) == 3 * count - 1 + len(marked)
         assert sample.parts[:2] == (f"These are frames of a video.\nframe 1 of {count}: ", ImageAt(0))
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(together.shape(index, index))
@@ -120,7 +119,7 @@ def test_descriptions_of_rooms() -> None:
             order += [part.index for part in turn.parts if isinstance(part, ImageAt)]
             name, asked = named[order[-1]], turn.parts[-1]
             if asked == "What is where in this frame?":
-                assert len(turn.answer.split(", ")) == NUM_POINTS
+                assert len(turn.answer.split(", ")) == 9
             elif asked == "Which objects, and where?":
                 listed = said[f"Which objects are in {name}, and where?"]
                 assert sorted(turn.answer.split(", ")) == sorted(listed.split(", "))
@@ -154,26 +153,28 @@ def test_a_point_is_marked_in_every_view_that_tells_its_depth() -> None:
     assert marked_views > 9
 
 
-def test_points_are_told_with_what_is_there() -> None:
-    """Some pixel in the tenth that is told shows that thing at that depth; half of the points are on things."""
+def test_cells_are_told_with_their_numbers_in_any_order() -> None:
     source = RoomDescriptions(view_size=(84, 84))
     scene, room = source.rooms.load(0, source.showing.request(0)), source.rooms.scene(0)
     assert scene.depth is not None
     assert scene.instances is not None
-    names, structure = {thing.index: thing.category for thing in room.instances}, 0
-    tenth = (np.arange(84) + 0.5) * 10 // 84
+    orders = set()
     for view in range(scene.num_views):
-        owners, depth = scene.instances[view].numpy(), scene.depth[view].numpy()
-        for text in points(room, scene, view, Draws(view)).split(", "):
-            where, name, metres = text.split(" ")
-            there = (tenth[:, None] == int(where[1])) & (tenth[None] == int(where[0]))
-            assert any(names[int(owner)] == name and f"{d:.1f}" == metres
-                       for owner, d in zip(owners[there], depth[there], strict=True))  # fmt: skip
-            structure += name in STRUCTURE
-    assert NUM_POINTS * scene.num_views / 8 < structure <= NUM_POINTS * scene.num_views / 2 + 3
+        told = cells(room, scene, view, Draws(view)).split(", ")
+        orders.add(tuple(int(text[0]) for text in told))
+        for text in told:
+            row, column = divmod(int(text[0]) - 1, 3)
+            part = slice(28 * row, 28 * row + 28), slice(28 * column, 28 * column + 28)
+            owners = scene.instances[view][part].flatten().tolist()
+            most = max(sorted(set(owners)), key=owners.count)
+            named = next(thing.category for thing in room.instances if thing.index == most)
+            depth = scene.depth[view][part][scene.instances[view][part] == most]
+            assert text[1:] == f" {named} {np.median(depth.numpy()):.1f}"
+    assert all(sorted(order) == list(range(1, 10)) for order in orders)
+    assert len(orders) == scene.num_views
 
 
-def test_objects_are_told_with_places_and_movements_in_the_first_camera() -> None:
+def test_objects_are_told_with_cells_and_movements_in_the_first_camera() -> None:
     """One camera looks along +y from the origin, the other is 1 m to its right and 2 m behind it, looking back."""
     first, second = np.eye(4), np.eye(4)
     first[:3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])  # columns: right +x, down -z, forward +y
@@ -184,10 +185,9 @@ def test_objects_are_told_with_places_and_movements_in_the_first_camera() -> Non
     frames = [Frame(float(i), pose, np.eye(3), (84, 84), seen) for i, pose in enumerate((first, second))]
     facts = SceneFacts("room", things, tuple(frames), 20.0)
     told = {objects(facts, frames[0], Draws(seed)) for seed in range(20)}
-    assert told == {"bed 89 2.5, lamp 10 2.5", "lamp 10 2.5, bed 89 2.5"}
+    assert told == {"bed 9 2.5, lamp 1 2.5", "lamp 1 2.5, bed 9 2.5"}
     assert objects(facts, replace(frames[0], sightings=seen[2:]), Draws(0)) == "none"
-    assert place((0, 0, 83, 83), (84, 84)) == "55"
-    assert place((83, 0, 83, 0), (84, 84)) == "90"
+    assert [cell(box, (84, 84)) for box in ((0, 0, 83, 83), (83, 0, 83, 0), (0, 83, 0, 83))] == [5, 3, 7]
     assert moved(frames[0], frames[1]) == "1.0 Right, 2.0 Backward"
     assert moved(frames[1], frames[0]) == "1.0 Right, 2.0 Backward"
 
