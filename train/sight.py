@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from g2vlm.chat_model import processor_of
 from g2vlm.checkpoint import load_model, save_model
 from g2vlm.cli import guarded, log_to_stderr
+from g2vlm.data.chat.descriptions import filling
 from g2vlm.data.rooms import RoomsSource
 from g2vlm.data.rooms.scene import STRUCTURE, Scene
 from g2vlm.data.types import SceneSample, ViewRequest
@@ -83,10 +85,9 @@ def patches(room: Scene, scene: SceneSample) -> tuple[list[str], NDArray[np.floa
     owners, depths = (_cut(values.numpy()) for values in (scene.instances, scene.depth))
     told, metres = [], []
     for owner, depth in zip(owners, depths, strict=True):
-        values, counts = np.unique(owner, return_counts=True)
-        most = int(values[counts.argmax()])
+        most, median = filling(owner, depth)
         told.append(names[most])
-        metres.append(np.median(depth[owner == most]))
+        metres.append(median)
     return told, np.array(metres, np.float32).reshape(scene.num_views, -1)
 
 
@@ -147,7 +148,7 @@ def teach(
     weights = [*model.semantic_encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05, cycle_momentum=False)
-    for step, batch in zip(range(1, steps + 1), _batches(len(shown.images), seed), strict=False):
+    for step, batch in enumerate(islice(_batches(len(shown.images), seed), steps), 1):
         told = reader(encode(model, rule, shown.images[batch]))
         owners, depths = torch.from_numpy(shown.owners[batch]), torch.from_numpy(shown.depths[batch])
         what = F.cross_entropy(told.categories.flatten(0, 1), owners.flatten())

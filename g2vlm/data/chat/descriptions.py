@@ -116,10 +116,16 @@ def cells(room: Scene, scene: SceneSample, view: int, draws: Draws) -> str:
     instances, depths = (_cells(values[view].numpy()) for values in (scene.instances, scene.depth))
     told = []
     for number, (owner, depth) in enumerate(zip(instances, depths, strict=True), 1):
-        values, counts = np.unique(owner, return_counts=True)
-        most = int(values[counts.argmax()])
-        told.append(f"{number} {names[most]} {np.median(depth[owner == most]):.1f}")
+        most, median = filling(owner, depth)
+        told.append(f"{number} {names[most]} {median:.1f}")
     return ", ".join(draws.shuffled(told))
+
+
+def filling(owners: NDArray[Any], depths: NDArray[Any]) -> tuple[int, float]:
+    """The instance that fills most of a part of a view, and its median depth there."""
+    values, counts = np.unique(owners, return_counts=True)
+    most = int(values[counts.argmax()])
+    return most, float(np.median(depths[owners == most]))
 
 
 def _cells(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
