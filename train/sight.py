@@ -9,6 +9,7 @@ V views of a batch, P patches of a view, T = P / 4 tokens, D their width, C cate
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +27,11 @@ from torch import Tensor, nn
 from g2vlm.chat_model import processor_of
 from g2vlm.checkpoint import load_model, save_model
 from g2vlm.cli import guarded, log_to_stderr
-from g2vlm.data.chat.descriptions import filling
+from g2vlm.data.chat.descriptions import filling, some_point
+from g2vlm.data.qa.camera_tasks import Point, mark_at
+from g2vlm.data.qa.drafts import stream
+from g2vlm.data.qa.rooms import room_facts
+from g2vlm.data.qa.showing import shown_views
 from g2vlm.data.rooms import RoomsSource
 from g2vlm.data.rooms.scene import STRUCTURE, Scene
 from g2vlm.data.types import SceneSample, ViewRequest
@@ -39,6 +44,8 @@ LAW, CAMERAS = "any_size", "inquiring"
 VIEWS, SIDE = 4, 84
 BLOCK = MERGE * PATCH
 VIEWS_PER_STEP, HIDDEN = 96, 256
+MARKED = 0.5
+"""Share of the views with the red dot that questions speak of."""
 
 
 @dataclass(frozen=True)
@@ -49,32 +56,41 @@ class Lessons:
         images: (N, H, W, 3) uint8.
         owners: (N, P) int64, number of the category that fills most of each patch.
         depths: (N, P) float32, median depth in metres of what it shows.
+        marked: (N,) int64, the patch with the middle of the red dot; P where there is none.
         categories: their names.
     """
 
     images: NDArray[np.uint8]
     owners: NDArray[np.int64]
     depths: NDArray[np.float32]
+    marked: NDArray[np.int64]
     categories: tuple[str, ...]
+
+    def part(self, which: slice) -> "Lessons":
+        """Some of the views."""
+        return Lessons(self.images[which], self.owners[which], self.depths[which], self.marked[which], self.categories)
 
 
 def lessons(rooms: range, seed: int, workers: int) -> Lessons:
     """Views of training rooms, rendered by several processes."""
     with ProcessPoolExecutor(workers) as pool:
         told = list(pool.map(partial(_lesson, seed), rooms, chunksize=16))
-    names = sorted({name for _, owners, _ in told for name in owners})
+    images, owners, depths, marked = zip(*told, strict=True)
+    names = sorted({name for room in owners for name in room})
     numbers = {name: number for number, name in enumerate(names)}
-    owners = np.array([[numbers[name] for name in owners] for _, owners, _ in told]).reshape(len(rooms) * VIEWS, -1)
-    depths = np.concatenate([depths for *_, depths in told])
-    return Lessons(np.concatenate([images for images, *_ in told]), owners, depths, tuple(names))
+    filled = np.array([[numbers[name] for name in room] for room in owners]).reshape(len(rooms) * VIEWS, -1)
+    return Lessons(np.concatenate(images), filled, np.concatenate(depths), np.concatenate(marked), tuple(names))
 
 
-def _lesson(seed: int, index: int) -> tuple[NDArray[np.uint8], list[str], NDArray[np.float32]]:
+def _lesson(seed: int, index: int) -> tuple[NDArray[np.uint8], list[str], NDArray[np.float32], NDArray[np.int64]]:
     torch.set_num_threads(1)
-    source = RoomsSource(LAW, "train", seed, CAMERAS)
-    scene = source.load(index, ViewRequest(VIEWS, (SIDE, SIDE), index))
-    owners, depths = patches(source.scene(index), scene)
-    return scene.images.permute(0, 2, 3, 1).numpy(), owners, depths
+    source, draws = RoomsSource(LAW, "train", seed, CAMERAS), stream("sight", seed, index)
+    scene, room = source.load(index, ViewRequest(VIEWS, (SIDE, SIDE), index)), source.scene(index)
+    frames = room_facts(room, scene).frames
+    points = [some_point(frame, draws) if draws.chance(MARKED) else None for frame in frames]
+    marks = [mark_at(k, frames[k], point) for k, point in enumerate(points) if point]
+    owners, depths = patches(room, scene)
+    return shown_views(scene.images, marks), owners, depths, np.array([patch_of(point) for point in points])
 
 
 def patches(room: Scene, scene: SceneSample) -> tuple[list[str], NDArray[np.float32]]:
@@ -89,6 +105,15 @@ def patches(room: Scene, scene: SceneSample) -> tuple[list[str], NDArray[np.floa
         told.append(names[most])
         metres.append(median)
     return told, np.array(metres, np.float32).reshape(scene.num_views, -1)
+
+
+def patch_of(point: Point | None) -> int:
+    """The patch that a point is in; their number for none."""
+    dot = np.zeros((1, SIDE, SIDE), bool)
+    if point:
+        dot[0, point.row, point.column] = True
+    here = _cut(dot).sum(axis=1)
+    return int(here.argmax()) if point else len(here)
 
 
 def _cut(values: NDArray) -> NDArray:
@@ -106,11 +131,13 @@ class Reading:
         categories: (V, P, C) scores.
         log_depths: (V, P) of metres.
         places: (V, T, T) scores of the place of each token in the image.
+        marked: (V, P + 1) scores of the patch with the red dot, and of none.
     """
 
     categories: Tensor
     log_depths: Tensor
     places: Tensor
+    marked: Tensor
 
 
 class Reader(nn.Module):
@@ -119,13 +146,14 @@ class Reader(nn.Module):
     def __init__(self, tokens: int, width: int, categories: int):
         super().__init__()
         self.hidden, self.place = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, tokens)
-        self.patches = nn.Linear(HIDDEN, MERGE**2 * (categories + 1))
+        self.patches = nn.Linear(HIDDEN, MERGE**2 * (categories + 2))
 
     def forward(self, tokens: Tensor) -> Reading:
         """What they say."""
         hidden = F.gelu(self.hidden(tokens))
         patches = self.patches(hidden).unflatten(-1, (MERGE**2, -1)).flatten(1, 2)
-        return Reading(patches[..., :-1], patches[..., -1], self.place(hidden))
+        categories, log_depths, marked = patches[..., :-2], patches[..., -2], patches[..., -1]
+        return Reading(categories, log_depths, self.place(hidden), F.pad(marked, (0, 1)))
 
 
 def encode(model: G2VLMForConditionalGeneration, rule: SemanticRule, images: NDArray[np.uint8]) -> Tensor:
@@ -138,31 +166,37 @@ def encode(model: G2VLMForConditionalGeneration, rule: SemanticRule, images: NDA
 def teach(
     model: G2VLMForConditionalGeneration, rule: SemanticRule, shown: Lessons, steps: int, lr: float, seed: int
 ) -> Reader:
-    """Train the encoder in place: cross-entropy of categories and places, and the absolute error of the log depths.
+    """Train the encoder in place: cross-entropy of categories, places and marked patches, absolute error of log depths.
 
-    Attention turns keys and queries by their positions, values not: unless its content tells where a token is, what
-    attends to it does not know.
+    Rotary positions turn keys and queries, not values: tokens tell their place themselves, so that what has found one
+    need not work out where it was.
     """
     torch.manual_seed(seed)
     reader = Reader(shown.owners.shape[1] // MERGE**2, model.config.decoder.hidden_size, len(shown.categories))
     weights = [*model.semantic_encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(weights, lr, (0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
     for step, batch in enumerate(islice(_batches(len(shown.images), seed), steps), 1):
         told = reader(encode(model, rule, shown.images[batch]))
         owners, depths = torch.from_numpy(shown.owners[batch]), torch.from_numpy(shown.depths[batch])
         what = F.cross_entropy(told.categories.flatten(0, 1), owners.flatten())
         far = (told.log_depths - depths.log()).abs().mean()
         where = F.cross_entropy(told.places.flatten(0, 1), torch.arange(told.places.shape[1]).repeat(len(batch)))
+        dot = F.cross_entropy(told.marked, torch.from_numpy(shown.marked[batch]))
         optimizer.zero_grad()
-        (what + far + where).backward()
+        (what + far + where + dot).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            losses = what.item(), far.item(), where.item()
-            LOG.info("step %d/%d  categories %.3f  log depth %.3f  places %.3f", step, steps, *losses)
+            losses = what.item(), far.item(), where.item(), dot.item()
+            LOG.info("step %d/%d  categories %.3f  log depth %.3f  places %.3f  dot %.3f", step, steps, *losses)
     return reader
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear over the first twentieth, then half a cosine to zero; step counts from 0."""
+    return min(1.0, 20 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _batches(count: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -180,13 +214,15 @@ def read(model: G2VLMForConditionalGeneration, rule: SemanticRule, reader: Reade
     found = torch.cat([told.categories.argmax(-1) for told in parts]).numpy()
     error = np.abs(torch.cat([told.log_depths for told in parts]).numpy() - np.log(shown.depths)).mean()
     places = torch.cat([told.places.argmax(-1) for told in parts])
+    marked = torch.cat([told.marked.argmax(-1) for told in parts]).numpy()
     things = ~np.isin(shown.owners, [shown.categories.index(name) for name in STRUCTURE])
     right, common = found == shown.owners, np.bincount(shown.owners[things]).argmax()
     constant = np.abs(np.log(shown.depths) - np.median(np.log(shown.depths))).mean()
     return (
         f"patches: {100 * right.mean():.1f} % of the categories right; of things {100 * right[things].mean():.1f} % "
         f"(most frequent {100 * (shown.owners[things] == common).mean():.1f} %); error of log depth {error:.3f} "
-        f"(constant {constant:.3f}); places {100 * (places == torch.arange(places.shape[1])).float().mean():.1f} %"
+        f"(constant {constant:.3f}); places {100 * (places == torch.arange(places.shape[1])).float().mean():.1f} %; "
+        f"red dot found or missing as told {100 * (marked == shown.marked).mean():.1f} %"
     )
 
 
@@ -215,11 +251,7 @@ def carry_out(args: argparse.Namespace) -> None:
     rule, apart = processor_of(model.config).rule, max(args.rooms // 50, 8)
     LOG.info("rendering %d rooms", args.rooms + apart)
     shown = lessons(range(args.rooms + apart), args.seed, args.workers)
-    first = VIEWS * args.rooms
-    taught, kept = (
-        Lessons(shown.images[part], shown.owners[part], shown.depths[part], shown.categories)
-        for part in (slice(first), slice(first, None))
-    )
+    taught, kept = shown.part(slice(VIEWS * args.rooms)), shown.part(slice(VIEWS * args.rooms, None))
     reader = teach(model, rule, taught, args.steps, args.lr, args.seed)
     LOG.info(read(model, rule, reader, kept))
     save_model(model, args.output)

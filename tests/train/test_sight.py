@@ -48,11 +48,25 @@ def test_patches_are_told_in_the_order_of_the_encoder() -> None:
     assert depths[0, 0] == np.median(corner.numpy())
 
 
+def cut(images: np.ndarray) -> np.ndarray:
+    """(N, 84, 84, 3) -> (N, P, 196, 3), patches in the order of the encoder."""
+    order = [
+        (row + i, column + j) for row in range(0, 6, 2) for column in range(0, 6, 2) for i in (0, 1) for j in (0, 1)
+    ]
+    return np.stack([images[:, 14 * r : 14 * r + 14, 14 * c : 14 * c + 14].reshape(-1, 196, 3) for r, c in order], 1)
+
+
 def test_rooms_are_shown_whole(shown: Lessons) -> None:
     assert shown.images.shape == (24 * VIEWS, SIDE, SIDE, 3)
     assert shown.owners.shape == shown.depths.shape == (24 * VIEWS, 36)
     assert {"wall", "floor", "ceiling", "door"} <= set(shown.categories)
     assert set(np.unique(shown.owners)) == set(range(len(shown.categories)))
+    dotted = shown.marked < 36
+    assert 0.2 < dotted.mean() < 0.7
+    red = (cut(shown.images) == (255, 0, 0)).all(axis=-1).sum(axis=-1)  # (N, P)
+    assert (red[dotted].max(axis=1) >= 5).all()
+    assert (red[dotted].argmax(axis=1) == shown.marked[dotted]).mean() > 0.9  # a dot may lie on the border of two
+    assert (shown.marked[~dotted] == 36).all()
     again = lessons(range(2), 0, 1)
     assert np.array_equal(again.images, shown.images[: 2 * VIEWS])
     assert [again.categories[i] for i in again.owners.flat] == [
@@ -78,6 +92,8 @@ def test_the_encoder_learns_and_nothing_else_changes(shown: Lessons, model: G2VL
     spread = np.abs(np.log(shown.depths) - np.median(np.log(shown.depths))).mean()
     assert np.abs(told.log_depths.numpy() - np.log(shown.depths)).mean() < 0.8 * spread
     assert (told.places.argmax(-1) == torch.arange(9)).float().mean() > 0.5
+    found = (told.marked.argmax(-1).numpy() == shown.marked).mean()
+    assert found > (shown.marked == 36).mean() + 0.1
     assert f"{100 * right:.1f} % of the categories right" in read(model, rule, reader, shown)
 
 

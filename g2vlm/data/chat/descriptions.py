@@ -99,26 +99,29 @@ def together(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping
             turns.append(Turn((f"How deep is the point marked in red in {name}?",), depths[k]))
     for (start, end), (first, second) in zip(pairwise(facts.frames), pairwise(names), strict=True):
         turns.append(Turn((f"How did the camera move between {first} and {second}?",), moved(start, end)))
-    first, *later = draws.shuffled(turns)
-    images = [ImageAt(k) for k in range(scene.num_views)]
-    words = opening(scene.num_views, str(first.parts[0]))
-    return [Turn(tuple(place_images(words, images)), first.answer), *later]
+    return after_images(scene.num_views, draws.shuffled(turns))
+
+
+def after_images(count: int, turns: Sequence[Turn]) -> list[Turn]:
+    """Turns about views that all stand before the first of them."""
+    first, *later = turns
+    words = opening(count, str(first.parts[0]))
+    return [Turn(tuple(place_images(words, [ImageAt(k) for k in range(count)])), first.answer), *later]
 
 
 def cells(room: Scene, scene: SceneSample, view: int, draws: Draws) -> str:
-    """Every cell of a view, in random order: number, name and depth in metres of what fills most of it.
+    """Every cell of a view, in random order: its number, name and depth."""
+    return ", ".join(f"{number} {name} {depth:.1f}" for number, name, depth in draws.shuffled(told(room, scene, view)))
 
-    Cells count from 1, row by row.
-    """
+
+def told(room: Scene, scene: SceneSample, view: int) -> list[tuple[int, str, float]]:
+    """Number, name and depth in metres of what fills most of each cell of a view; they count from 1, row by row."""
     assert scene.instances is not None
     assert scene.depth is not None
     names = {thing.index: thing.category for thing in room.instances}
     instances, depths = (_cells(values[view].numpy()) for values in (scene.instances, scene.depth))
-    told = []
-    for number, (owner, depth) in enumerate(zip(instances, depths, strict=True), 1):
-        most, median = filling(owner, depth)
-        told.append(f"{number} {names[most]} {median:.1f}")
-    return ", ".join(draws.shuffled(told))
+    filled = [filling(owner, depth) for owner, depth in zip(instances, depths, strict=True)]
+    return [(number, names[most], median) for number, (most, median) in enumerate(filled, 1)]
 
 
 def filling(owners: NDArray[Any], depths: NDArray[Any]) -> tuple[int, float]:
@@ -139,13 +142,13 @@ def objects(facts: SceneFacts, frame: Frame, draws: Draws) -> str:
     Cells are as in `cells`; distances are in metres.
     """
     seen = [s for s in frame.sightings if s.share >= STILLS.min_share and s.instance in facts.by_instance]
-    told = []
+    words = []
     for sighting in draws.shuffled(seen):
         thing = facts.by_instance[sighting.instance]
         if thing.category not in facts.unclear:
             distance = float(point_distance(frame.centre[None], thing.box)[0])
-            told.append(f"{thing.category} {cell(sighting.box, frame.size)} {distance:.1f}")
-    return ", ".join(told) or "none"
+            words.append(f"{thing.category} {cell(sighting.box, frame.size)} {distance:.1f}")
+    return ", ".join(words) or "none"
 
 
 def some_point(frame: Frame, draws: Draws) -> Point | None:

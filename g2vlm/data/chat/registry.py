@@ -13,8 +13,9 @@ SOURCES = {
     "spar": "g2vlm.data.chat.spar:SparChats",
     "rooms_qa": "g2vlm.data.chat.rooms:RoomsChats",
     "rooms_descriptions": "g2vlm.data.chat.descriptions:RoomDescriptions",
+    "rooms_jumbled": "g2vlm.data.chat.jumbled:JumbledRooms",
 }
-NEEDS_NO_ROOT = ("rooms_qa", "rooms_descriptions")
+NEEDS_NO_ROOT = ("rooms_qa", "rooms_descriptions", "rooms_jumbled")
 
 
 def build_chat_source(name: str, root: Path | None, view_size: Size, **options: Any) -> ChatSource:

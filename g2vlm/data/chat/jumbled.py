@@ -1,0 +1,140 @@
+"""Views whose nine cells have changed places: lessons in finding the cell that a number speaks of.
+
+In a room the place tells much of what is there: floors are below. A model that describes whole views leans on that, and
+is slow to learn which token a number means. Here the number alone leads there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from g2vlm.data.chat.descriptions import GRID, after_images, some_point, told
+from g2vlm.data.chat.rooms import OPENING, Showing
+from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
+from g2vlm.data.qa.camera_tasks import Point, mark_at
+from g2vlm.data.qa.drafts import stream
+from g2vlm.data.qa.question import frame_name
+from g2vlm.data.qa.rooms import room_facts
+from g2vlm.data.rooms import RoomsSource, Scene
+from g2vlm.data.rooms.draws import Draws
+from g2vlm.data.types import SceneSample
+from g2vlm.errors import InputError
+
+MOST_TEXT = 150
+"""Tokens that packs reserve for what is said about a view."""
+
+
+class JumbledRooms:
+    """What is where in jumbled views: the cells by number or by name, and a marked point.
+
+    The views stand before the first question, or, as often, each before what is said about it. The geometry encoder
+    gets none: they are no views of a scene.
+
+    Args:
+        split, seed, law, cameras: as of `RoomsQA`.
+        views, view_size: as of `Showing`.
+
+    Raises:
+        InputError: the views cannot be cut into three rows and three columns.
+    """
+
+    name = "rooms_jumbled"
+
+    def __init__(
+        self,
+        split: Any = "train",
+        seed: int = 0,
+        law: str = "any_size",
+        cameras: str = "inquiring",
+        views: Sequence[int] = (1, 4),
+        view_size: Sequence[int] = (84, 84),
+    ):
+        if any(length % GRID for length in view_size):
+            raise InputError(f"cannot jumble views of {tuple(view_size)}", f"sides must divide by {GRID}", "view_size")
+        self.rooms = RoomsSource(law, split, seed, cameras)
+        self.showing = Showing((views[0], views[1]), (view_size[0], view_size[1]), geometry=False, blank=False)
+
+    def __len__(self) -> int:
+        return len(self.rooms)
+
+    def shape(self, index: int, seed: int) -> ChatShape:
+        """Everything but the text."""
+        return self.showing.shape(seed, OPENING + self.showing.request(seed).num_views * MOST_TEXT)
+
+    def load(self, index: int, seed: int) -> ChatSample:
+        """Views of a room, each jumbled in its own way, and what is in their cells."""
+        scene, room = self.rooms.load(index, self.showing.request(seed)), self.rooms.scene(index)
+        draws = stream("jumbled", seed, index)
+        frames = room_facts(room, scene).frames
+        orders = [draws.shuffled(range(GRID**2)) for _ in frames]
+        seen = [some_point(frame, draws) for frame in frames]
+        points = [carried(point, order, scene.size) for point, order in zip(seen, orders, strict=True)]
+        marks = [mark_at(k, frames[k], point) for k, point in enumerate(points) if point]
+        mixed = jumbled(scene, orders)
+        describe = apart if draws.chance(0.5) else together
+        return self.showing.sample(mixed, describe(room, mixed, points, draws), self.name, self.name, marks)
+
+
+def apart(room: Scene, scene: SceneSample, points: Sequence[Point | None], draws: Draws) -> list[Turn]:
+    """Each view, then what is said about it."""
+    turns = []
+    for k, point in enumerate(points):
+        first, *later = lessons(room, scene, k, point, "this frame", draws)
+        turns += [replace(first, parts=(ImageAt(k), *first.parts)), *later]
+    return turns
+
+
+def together(room: Scene, scene: SceneSample, points: Sequence[Point | None], draws: Draws) -> list[Turn]:
+    """All views, then what is said about them in random order."""
+    count = scene.num_views
+    turns = [lessons(room, scene, k, point, frame_name(k, count), draws) for k, point in enumerate(points)]
+    return after_images(count, draws.shuffled([turn for view in turns for turn in view]))
+
+
+def lessons(room: Scene, scene: SceneSample, view: int, point: Point | None, name: str, draws: Draws) -> list[Turn]:
+    """The cells by number or by name, in random order; cell and depth of the marked point."""
+    found = draws.shuffled(told(room, scene, view))
+    if draws.chance(0.5):
+        asked, told_of = f"What is where in {name}?", [f"{cell} {what} {depth:.1f}" for cell, what, depth in found]
+    else:
+        asked, told_of = f"Where is what in {name}?", [f"{what} {cell} {depth:.1f}" for cell, what, depth in found]
+    turn = Turn((asked,), ", ".join(told_of))
+    if point is None:
+        return [turn]
+    height, width = scene.size
+    cell = 1 + GRID * (GRID * point.row // height) + GRID * point.column // width
+    return [turn, Turn((f"Where is the point marked in red in {name}, and how deep?",), f"{cell} {point.depth:.1f}")]
+
+
+def jumbled(scene: SceneSample, orders: Sequence[Sequence[int]]) -> SceneSample:
+    """The views with the cells in other places: cell c of view v is the former `orders[v][c]`, both from 0."""
+    assert scene.instances is not None
+    assert scene.depth is not None
+    images, instances, depth = (_moved(values, orders) for values in (scene.images, scene.instances, scene.depth))
+    return replace(scene, images=images, instances=instances, depth=depth)
+
+
+def _moved(views: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
+    """(V, ..., H, W)."""
+    moved = views.clone()
+    for target, source, order in zip(moved, views, orders, strict=True):
+        for to, origin in enumerate(order):
+            target[_cell(to, views.shape)] = source[_cell(origin, views.shape)]
+    return moved
+
+
+def _cell(number: int, shape: Sequence[int]) -> tuple[Any, ...]:
+    row, column = divmod(number, GRID)
+    height, width = shape[-2] // GRID, shape[-1] // GRID
+    return ..., slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
+
+
+def carried(point: Point | None, order: Sequence[int], size: tuple[int, int]) -> Point | None:
+    """Where a point of a view is after its cell has moved."""
+    if point is None:
+        return None
+    height, width = size[0] // GRID, size[1] // GRID
+    row, column = divmod(order.index(GRID * (point.row // height) + point.column // width), GRID)
+    return replace(point, row=row * height + point.row % height, column=column * width + point.column % width)
