@@ -15,7 +15,7 @@ from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
 from g2vlm.data.qa.boxes import point_distance
 from g2vlm.data.qa.camera_tasks import POINT_TRIES, Point, flat_point, mark_at
 from g2vlm.data.qa.drafts import stream
-from g2vlm.data.qa.facts import Frame, SceneFacts
+from g2vlm.data.qa.facts import Frame, SceneFacts, SceneObject, Sighting
 from g2vlm.data.qa.question import frame_name, opening
 from g2vlm.data.qa.rooms import room_facts
 from g2vlm.data.qa.rules import STILLS
@@ -27,7 +27,10 @@ from g2vlm.prompts import place_images
 GRID = 3
 """Rows and columns of a view's cells: their numbers have one digit, and an image of 84 pixels has as many tokens."""
 
-MOST_TEXT, MOST_APART = 280, 220
+FOLLOWED = 4
+"""Most objects that are looked for in all views."""
+
+MOST_TEXT, MOST_APART = 330, 220
 """Tokens that packs reserve for what is said about a view; where views are shown apart, there is less of it."""
 
 
@@ -97,6 +100,8 @@ def together(room: Scene, scene: SceneSample, facts: SceneFacts, depths: Mapping
         turns.append(Turn((f"Which objects are in {name}, and where?",), objects(facts, frame, draws)))
         if k in depths:
             turns.append(Turn((f"How deep is the point marked in red in {name}?",), depths[k]))
+    sought = draws.shuffled(facts.unique(STILLS))[:FOLLOWED]
+    turns += [Turn((f"In which frames is the {t.category}, and where?",), followed(facts, t)) for t in sought]
     for (start, end), (first, second) in zip(pairwise(facts.frames), pairwise(names), strict=True):
         turns.append(Turn((f"How did the camera move between {first} and {second}?",), moved(start, end)))
     return after_images(scene.num_views, draws.shuffled(turns))
@@ -142,13 +147,21 @@ def objects(facts: SceneFacts, frame: Frame, draws: Draws) -> str:
     Cells are as in `cells`; distances are in metres.
     """
     seen = [s for s in frame.sightings if s.share >= STILLS.min_share and s.instance in facts.by_instance]
-    words = []
-    for sighting in draws.shuffled(seen):
-        thing = facts.by_instance[sighting.instance]
-        if thing.category not in facts.unclear:
-            distance = float(point_distance(frame.centre[None], thing.box)[0])
-            words.append(f"{thing.category} {cell(sighting.box, frame.size)} {distance:.1f}")
-    return ", ".join(words) or "none"
+    things = [(facts.by_instance[sighting.instance], sighting) for sighting in draws.shuffled(seen)]
+    told = [f"{thing.category} {place(frame, thing, s)}" for thing, s in things if thing.category not in facts.unclear]
+    return ", ".join(told) or "none"
+
+
+def followed(facts: SceneFacts, thing: SceneObject) -> str:
+    """Every frame in which an object is seen well, in their order: number of the frame (from 1), cell, distance."""
+    seen = [(k, frame, sighting) for k, frame in enumerate(facts.frames, 1) for sighting in frame.sightings]
+    shown = [(k, frame, s) for k, frame, s in seen if s.instance == thing.instance and s.share >= STILLS.min_share]
+    return ", ".join(f"{k} {place(frame, thing, sighting)}" for k, frame, sighting in shown)
+
+
+def place(frame: Frame, thing: SceneObject, sighting: Sighting) -> str:
+    """Cell and distance of an object in a frame."""
+    return f"{cell(sighting.box, frame.size)} {float(point_distance(frame.centre[None], thing.box)[0]):.1f}"
 
 
 def some_point(frame: Frame, draws: Draws) -> Point | None:

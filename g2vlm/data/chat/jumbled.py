@@ -94,18 +94,35 @@ def together(room: Scene, scene: SceneSample, points: Sequence[Point | None], dr
 
 
 def lessons(room: Scene, scene: SceneSample, view: int, point: Point | None, name: str, draws: Draws) -> list[Turn]:
-    """The cells by number or by name, in random order; cell and depth of the marked point."""
+    """The cells, asked for in one of three ways and told in random order; what is marked, its cell and its depth.
+
+    To learn what stands where is to learn two things at once, to find a thing and to tell its place, and neither helps
+    without the other. So there are things to find that need no place: how far something is, and what is marked.
+    """
     found = draws.shuffled(told(room, scene, view))
-    if draws.chance(0.5):
-        asked, told_of = f"What is where in {name}?", [f"{cell} {what} {depth:.1f}" for cell, what, depth in found]
-    else:
-        asked, told_of = f"Where is what in {name}?", [f"{what} {cell} {depth:.1f}" for cell, what, depth in found]
-    turn = Turn((asked,), ", ".join(told_of))
+    asked, listed = draws.choice(
+        (
+            (f"What is where in {name}?", [f"{cell} {what} {depth:.1f}" for cell, what, depth in found]),
+            (f"Where is what in {name}?", [f"{what} {cell} {depth:.1f}" for cell, what, depth in found]),
+            (f"How far is what in {name}?", nearest(found)),
+        )
+    )
+    turn = Turn((asked,), ", ".join(listed))
     if point is None:
         return [turn]
+    assert scene.instances is not None
+    what = next(t.category for t in room.instances if t.index == scene.instances[view, point.row, point.column])
     height, width = scene.size
     cell = 1 + GRID * (GRID * point.row // height) + GRID * point.column // width
-    return [turn, Turn((f"Where is the point marked in red in {name}, and how deep?",), f"{cell} {point.depth:.1f}")]
+    return [turn, Turn((f"What is marked in red in {name}, and where?",), f"{what} {cell} {point.depth:.1f}")]
+
+
+def nearest(found: Sequence[tuple[int, str, float]]) -> list[str]:
+    """Every name once, with the smallest depth of its cells."""
+    least: dict[str, float] = {}
+    for _, what, depth in found:
+        least[what] = min(depth, least.get(what, depth))
+    return [f"{what} {depth:.1f}" for what, depth in least.items()]
 
 
 def jumbled(scene: SceneSample, orders: Sequence[Sequence[int]]) -> SceneSample:

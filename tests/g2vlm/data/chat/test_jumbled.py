@@ -65,24 +65,32 @@ def test_what_is_told_of_a_cell_is_what_it_shows() -> None:
         sample, scene = source.load(index, index), room_views(index)
         room = RoomsSource("any_size", "train", 0, "inquiring").scene(index)
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(source.shape(index, index))
+        names = {thing.index: thing.category for thing in room.instances}
         for view, asked, answer in turns_by_view(sample):
-            kinds.add(asked.split()[0] + asked.split()[2])
-            if "marked in red" in asked:
-                cell, depth = answer.split()
-                red = [(tile == (255, 0, 0)).all(axis=-1).sum() for tile in tiles(sample.images[view])]
-                assert red[int(cell) - 1] == max(red) > 0
-                assert float(depth) > 0
-                continue
-            before = {number: (name, f"{depth:.1f}") for number, name, depth in told(room, scene, view)}
+            kinds.add(" ".join(asked.split()[:4]))
             origins = former_places(sample, view, scene)
             assert sum(origin is not None for origin in origins) >= 5
+            before = {number: (name, f"{depth:.1f}") for number, name, depth in told(room, scene, view)}
             said = [words.split() for words in answer.split(", ")]
-            assert sorted(number for words in said for number in words[:2] if number.isdigit()) == list("123456789")
-            for first, second, depth in said:
-                number, name = (first, second) if asked.startswith("What") else (second, first)
-                origin = origins[int(number) - 1]
-                assert origin is None or (name, depth) == before[origin + 1]
-    assert kinds == {"Whatwhere", "Wherewhat", "Wherethe"}
+            if asked.startswith("What is marked"):
+                ((what, cell, depth),) = said
+                red = [(tile == (255, 0, 0)).all(axis=-1).sum() for tile in tiles(sample.images[view])]
+                assert red[int(cell) - 1] == max(red) > 0
+                hidden = set(range(9)) - {origin for origin in origins if origin is not None}
+                assert scene.instances is not None
+                owners = tiles(scene.instances[view].numpy())
+                assert what in {names[owner] for origin in hidden for owner in owners[origin].flat}
+                assert float(depth) > 0
+            elif asked.startswith("How far"):
+                assert {what: min(d for name, d in before.values() if name == what) for what, _ in said} == dict(said)
+                assert {what for what, _ in said} == {name for name, _ in before.values()}
+            else:
+                assert sorted(number for words in said for number in words[:2] if number.isdigit()) == list("123456789")
+                for first, second, depth in said:
+                    number, name = (first, second) if asked.startswith("What") else (second, first)
+                    origin = origins[int(number) - 1]
+                    assert origin is None or (name, depth) == before[origin + 1]
+    assert kinds == {"What is where in", "Where is what in", "How far is what", "What is marked in"}
 
 
 def turns_by_view(sample: ChatSample) -> list[tuple[int, str, str]]:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from g2vlm.data.chat.descriptions import RoomDescriptions, cell, cells, moved, objects
+from g2vlm.data.chat.descriptions import RoomDescriptions, cell, cells, followed, moved, objects
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.rooms import MOST_TEXT, OPENING, RoomsChats
 from g2vlm.data.chat.types import ChatSample, ImageAt
@@ -102,7 +102,8 @@ def test_descriptions_of_rooms() -> None:
     together, apart = (
         build_chat_source("rooms_descriptions", None, (56, 56), views=[2, 3], apart=apart) for apart in (False, True)
     )
-    for index in range(4):
+    followed_objects = 0
+    for index in range(6):
         sample = together.load(index, index)
         count = len(sample.images)
         said = {str(turn.parts[-1]).splitlines()[-1]: turn.answer for turn in (sample.shape.turns)}
@@ -110,7 +111,10 @@ def test_descriptions_of_rooms() -> None:
         marked = [name for name in named if f"How deep is the point marked in red in {name}?" in said]
         for name in named:
             assert len(said[f"What is where in {name}?"].split(", ")) == 9
-        assert len(said) == 3 * count - 1 + len(marked)
+        sought = [answer for asked, answer in said.items() if asked.startswith("In which frames is the ")]
+        assert all(1 <= len(answer.split(", ")) <= count for answer in sought)
+        followed_objects += len(sought)
+        assert len(said) == 3 * count - 1 + len(marked) + len(sought)
         assert sample.parts[:2] == (f"These are frames of a video.\nframe 1 of {count}: ", ImageAt(0))
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(together.shape(index, index))
         alone = apart.load(index, index)
@@ -127,6 +131,7 @@ def test_descriptions_of_rooms() -> None:
                 assert turn.answer == said[f"How deep is the point marked in red in {name}?"]
         assert sorted(order) == list(range(count))
         assert layout().num_tokens(alone.shape) <= layout().num_tokens(apart.shape(index, index))
+    assert followed_objects > 4
 
 
 def test_a_point_is_marked_in_every_view_that_tells_its_depth() -> None:
@@ -188,6 +193,9 @@ def test_objects_are_told_with_cells_and_movements_in_the_first_camera() -> None
     assert told == {"bed 9 2.5, lamp 1 2.5", "lamp 1 2.5, bed 9 2.5"}
     assert objects(facts, replace(frames[0], sightings=seen[2:]), Draws(0)) == "none"
     assert [cell(box, (84, 84)) for box in ((0, 0, 83, 83), (83, 0, 83, 0), (0, 83, 0, 83))] == [5, 3, 7]
+    unseen = replace(frames[0], sightings=seen[1:])
+    in_turn = replace(facts, frames=(unseen, frames[0], frames[1]))
+    assert [followed(in_turn, thing) for thing in things] == ["2 9 2.5, 3 9 4.5", "1 1 2.5, 2 1 2.5, 3 1 4.5", ""]
     assert moved(frames[0], frames[1]) == "1.0 Right, 2.0 Backward"
     assert moved(frames[1], frames[0]) == "1.0 Right, 2.0 Backward"
 
