@@ -22,6 +22,9 @@ from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
 
+LISTED = 0.5
+"""Share of the marked views whose cells are told too."""
+
 MOST_TEXT = 150
 """Tokens that packs reserve for what is said about a view."""
 
@@ -94,7 +97,7 @@ def together(room: Scene, scene: SceneSample, points: Sequence[Point | None], dr
 
 
 def lessons(room: Scene, scene: SceneSample, view: int, point: Point | None, name: str, draws: Draws) -> list[Turn]:
-    """The cells, asked for in one of three ways and told in random order; what is marked, its cell and its depth.
+    """The cells, asked for in one of three ways and told in random order, or what is marked and where, or both.
 
     To learn what stands where is to learn two things at once, to find a thing and to tell its place, and neither helps
     without the other. So there are things to find that need no place: how far something is, and what is marked.
@@ -114,7 +117,8 @@ def lessons(room: Scene, scene: SceneSample, view: int, point: Point | None, nam
     what = next(t.category for t in room.instances if t.index == scene.instances[view, point.row, point.column])
     height, width = scene.size
     cell = 1 + GRID * (GRID * point.row // height) + GRID * point.column // width
-    return [turn, Turn((f"What is marked in red in {name}, and where?",), f"{what} {cell} {point.depth:.1f}")]
+    marked = Turn((f"What is marked in red in {name}, and where?",), f"{what} {cell} {point.depth:.1f}")
+    return [turn, marked] if draws.chance(LISTED) else [marked]
 
 
 def nearest(found: Sequence[tuple[int, str, float]]) -> list[str]:
