@@ -60,7 +60,9 @@ def test_trains_both_stages_scores_and_reports(checkout: Path) -> None:
     assert "--no-baselines" in demo
     assert stage2 == (
         "-m train.run --default configs/tiny_stage2.yaml --config configs/tiny_stage2.yaml --runtime.device cpu "
-        f"--model {folder}/stage1/model --runtime.steps 7 --runtime.output {folder}/stage2 --runtime.resume auto "
+        f"--model {folder}/stage1/model "
+        "--trainable {semantic_expert: 1.0, embeddings: 1.0, lm_head: 1.0, semantic_encoder: 1.0} "
+        f"--runtime.steps 7 --runtime.output {folder}/stage2 --runtime.resume auto "
         "(threads 2)"
     )
     assert answers.startswith(f"eval/vqa.py --output {folder}/answers --limit 2 ")
