@@ -1,7 +1,8 @@
-"""Views whose nine cells have changed places: lessons in finding the cell that a number speaks of.
+"""Views put together from nine cells of a room's views: lessons in finding the cell that a number or a name speaks of.
 
 In a room the place tells much of what is there: floors are below. A model that describes whole views leans on that, and
-is slow to learn which token a number means. Here the number alone leads there.
+is slow to learn which token a number means. Here the number alone leads there. Most of what is seen is wall and floor;
+here as many different things as the room has are in every view, so that most names mean one cell.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class JumbledRooms:
         seed: int = 0,
         law: str = "any_size",
         cameras: str = "inquiring",
-        views: Sequence[int] = (1, 4),
+        views: Sequence[int] = (3, 4),
         view_size: Sequence[int] = (84, 84),
     ):
         if any(length % GRID for length in view_size):
@@ -67,17 +68,34 @@ class JumbledRooms:
         return self.showing.shape(seed, OPENING + self.showing.request(seed).num_views * MOST_TEXT)
 
     def load(self, index: int, seed: int) -> ChatSample:
-        """Views of a room, each jumbled in its own way, and what is in their cells."""
+        """Views put together from those of a room, and what is in their cells."""
         scene, room = self.rooms.load(index, self.showing.request(seed)), self.rooms.scene(index)
         draws = stream("jumbled", seed, index)
-        frames = room_facts(room, scene).frames
-        orders = [draws.shuffled(range(GRID**2)) for _ in frames]
-        seen = [some_point(frame, draws) for frame in frames]
-        points = [carried(point, order, scene.size) for point, order in zip(seen, orders, strict=True)]
+        names = [[name for _, name, _ in told(room, scene, k)] for k in range(scene.num_views)]
+        mixed = jumbled(scene, choices(names, draws))
+        assert mixed.depth is not None
+        frames = [replace(f, depth=d.numpy()) for f, d in zip(room_facts(room, scene).frames, mixed.depth, strict=True)]
+        points = [some_point(frame, draws) for frame in frames]
         marks = [mark_at(k, frames[k], point) for k, point in enumerate(points) if point]
-        mixed = jumbled(scene, orders)
         describe = apart if draws.chance(0.5) else together
         return self.showing.sample(mixed, describe(room, mixed, points, draws), self.name, self.name, marks)
+
+
+def choices(names: Sequence[Sequence[str]], draws: Draws) -> list[list[tuple[int, int]]]:
+    """Nine cells (view, cell) of all views for every view, in random order: one of each name before a second of any.
+
+    Args:
+        names: of what fills the cells, view by view.
+        draws: random numbers.
+    """
+    every, chosen = [(view, cell) for view, cells in enumerate(names) for cell in range(len(cells))], []
+    for _ in names:
+        order = draws.shuffled(every)
+        first = {names[view][cell]: (view, cell) for view, cell in order}
+        distinct = list(first.values())
+        others = [place for place in order if place not in distinct]
+        chosen.append(draws.shuffled([*distinct, *others][: GRID**2]))
+    return chosen
 
 
 def apart(room: Scene, scene: SceneSample, points: Sequence[Point | None], draws: Draws) -> list[Turn]:
@@ -129,20 +147,20 @@ def nearest(found: Sequence[tuple[int, str, float]]) -> list[str]:
     return [f"{what} {depth:.1f}" for what, depth in least.items()]
 
 
-def jumbled(scene: SceneSample, orders: Sequence[Sequence[int]]) -> SceneSample:
-    """The views with the cells in other places: cell c of view v is the former `orders[v][c]`, both from 0."""
+def jumbled(scene: SceneSample, choices: Sequence[Sequence[tuple[int, int]]]) -> SceneSample:
+    """Cell c of view v is the former cell `choices[v][c]` (view, cell), all from 0."""
     assert scene.instances is not None
     assert scene.depth is not None
-    images, instances, depth = (_moved(values, orders) for values in (scene.images, scene.instances, scene.depth))
+    images, instances, depth = (_moved(values, choices) for values in (scene.images, scene.instances, scene.depth))
     return replace(scene, images=images, instances=instances, depth=depth)
 
 
-def _moved(views: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
+def _moved(views: Tensor, choices: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
     """(V, ..., H, W)."""
     moved = views.clone()
-    for target, source, order in zip(moved, views, orders, strict=True):
-        for to, origin in enumerate(order):
-            target[_cell(to, views.shape)] = source[_cell(origin, views.shape)]
+    for target, chosen in zip(moved, choices, strict=True):
+        for to, (view, cell) in enumerate(chosen):
+            target[_cell(to, views.shape)] = views[view][_cell(cell, views.shape)]
     return moved
 
 
@@ -150,12 +168,3 @@ def _cell(number: int, shape: Sequence[int]) -> tuple[Any, ...]:
     row, column = divmod(number, GRID)
     height, width = shape[-2] // GRID, shape[-1] // GRID
     return ..., slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
-
-
-def carried(point: Point | None, order: Sequence[int], size: tuple[int, int]) -> Point | None:
-    """Where a point of a view is after its cell has moved."""
-    if point is None:
-        return None
-    height, width = size[0] // GRID, size[1] // GRID
-    row, column = divmod(order.index(GRID * (point.row // height) + point.column // width), GRID)
-    return replace(point, row=row * height + point.row % height, column=column * width + point.column % width)
