@@ -5,7 +5,7 @@ is slow to learn which token a number means. Here the number alone leads there. 
 here as many different things as the room has are in every view, so that most names mean one cell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,20 +18,53 @@ from g2vlm.data.qa.camera_tasks import Point, mark_at
 from g2vlm.data.qa.drafts import stream
 from g2vlm.data.qa.question import frame_name
 from g2vlm.data.qa.rooms import room_facts
+from g2vlm.data.registry import unknown
 from g2vlm.data.rooms import RoomsSource, Scene
 from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
 
 LISTED = 0.5
-"""Share of the marked views whose cells are told too."""
+"""Share of the views with a dot whose cells are told too."""
 
 MOST_TEXT = 150
 """Tokens that packs reserve for what is said about a view."""
 
+Told = Sequence[tuple[int, str, float]]
+
+
+def by_number(found: Told) -> list[str]:
+    """Number, name and depth of every cell."""
+    return [f"{cell} {what} {depth:.1f}" for cell, what, depth in found]
+
+
+def by_name(found: Told) -> list[str]:
+    """Name, number and depth of every cell."""
+    return [f"{what} {cell} {depth:.1f}" for cell, what, depth in found]
+
+
+def nearest(found: Told) -> list[str]:
+    """Every name once, with the smallest depth of its cells."""
+    least: dict[str, float] = {}
+    for _, what, depth in found:
+        least[what] = min(depth, least.get(what, depth))
+    return [f"{what} {depth:.1f}" for what, depth in least.items()]
+
+
+WAYS: Mapping[str, tuple[str, Callable[[Told], list[str]]]] = {
+    "cells": ("What is where in {}?", by_number),
+    "things": ("Where is what in {}?", by_name),
+    "distances": ("How far is what in {}?", nearest),
+}
+"""How the cells of a view are asked for, and what the answer lists in random order.
+
+To learn what stands where is to learn two things at once, to find a thing and to tell its place, and neither helps
+without the other. So there are things to find that need no place: how far something is, and what is marked.
+"""
+
 
 class JumbledRooms:
-    """What is where in jumbled views: the cells by number or by name, and a marked point.
+    """What is where in jumbled views: the cells in one of several ways, and a marked point.
 
     The views stand before the first question, or, as often, each before what is said about it. The geometry encoder
     gets none: they are no views of a scene.
@@ -39,9 +72,11 @@ class JumbledRooms:
     Args:
         split, seed, law, cameras: as of `RoomsQA`.
         views, view_size: as of `Showing`.
+        ways: keys of `WAYS` to draw from.
+        dotted: share of the views with a red dot.
 
     Raises:
-        InputError: the views cannot be cut into three rows and three columns.
+        InputError: the views cannot be cut into three rows and three columns, or an unknown way.
     """
 
     name = "rooms_jumbled"
@@ -54,10 +89,15 @@ class JumbledRooms:
         cameras: str = "inquiring",
         views: Sequence[int] = (3, 4),
         view_size: Sequence[int] = (84, 84),
+        ways: Sequence[str] = tuple(WAYS),
+        dotted: float = 1.0,
     ):
         if any(length % GRID for length in view_size):
             raise InputError(f"cannot jumble views of {tuple(view_size)}", f"sides must divide by {GRID}", "view_size")
-        self.rooms = RoomsSource(law, split, seed, cameras)
+        for way in ways:
+            if way not in WAYS:
+                raise unknown("way to ask for cells", way, list(WAYS))
+        self.rooms, self.ways, self.dotted = RoomsSource(law, split, seed, cameras), tuple(ways), dotted
         self.showing = Showing((views[0], views[1]), (view_size[0], view_size[1]), geometry=False, blank=False)
 
     def __len__(self) -> int:
@@ -75,10 +115,41 @@ class JumbledRooms:
         mixed = jumbled(scene, choices(names, draws))
         assert mixed.depth is not None
         frames = [replace(f, depth=d.numpy()) for f, d in zip(room_facts(room, scene).frames, mixed.depth, strict=True)]
-        points = [some_point(frame, draws) for frame in frames]
+        points = [some_point(frame, draws) if draws.chance(self.dotted) else None for frame in frames]
         marks = [mark_at(k, frames[k], point) for k, point in enumerate(points) if point]
-        describe = apart if draws.chance(0.5) else together
-        return self.showing.sample(mixed, describe(room, mixed, points, draws), self.name, self.name, marks)
+        alone, count = draws.chance(0.5), scene.num_views
+        shown = ["this frame" if alone else frame_name(k, count) for k in range(count)]
+        said = [self._told(room, mixed, k, point, shown[k], draws) for k, point in enumerate(points)]
+        turns = apart(said) if alone else after_images(count, draws.shuffled([turn for view in said for turn in view]))
+        return self.showing.sample(mixed, turns, self.name, self.name, marks)
+
+    def _told(
+        self, room: Scene, scene: SceneSample, view: int, point: Point | None, name: str, draws: Draws
+    ) -> list[Turn]:
+        """The cells of a view, its dot, or both."""
+        asked, listed = WAYS[draws.choice(self.ways)]
+        cells = Turn((asked.format(name),), ", ".join(listed(draws.shuffled(told(room, scene, view)))))
+        if point is None:
+            return [cells]
+        dot = marked(room, scene, view, point, name)
+        return [cells, dot] if draws.chance(LISTED) else [dot]
+
+
+def apart(said: Sequence[Sequence[Turn]]) -> list[Turn]:
+    """Each view, then what is said about it."""
+    turns = []
+    for k, (first, *later) in enumerate(said):
+        turns += [replace(first, parts=(ImageAt(k), *first.parts)), *later]
+    return turns
+
+
+def marked(room: Scene, scene: SceneSample, view: int, point: Point, name: str) -> Turn:
+    """What is under the dot, its cell and its depth."""
+    assert scene.instances is not None
+    what = next(t.category for t in room.instances if t.index == scene.instances[view, point.row, point.column])
+    height, width = scene.size
+    cell = 1 + GRID * (GRID * point.row // height) + GRID * point.column // width
+    return Turn((f"What is marked in red in {name}, and where?",), f"{what} {cell} {point.depth:.1f}")
 
 
 def choices(names: Sequence[Sequence[str]], draws: Draws) -> list[list[tuple[int, int]]]:
@@ -96,55 +167,6 @@ def choices(names: Sequence[Sequence[str]], draws: Draws) -> list[list[tuple[int
         others = [place for place in order if place not in distinct]
         chosen.append(draws.shuffled([*distinct, *others][: GRID**2]))
     return chosen
-
-
-def apart(room: Scene, scene: SceneSample, points: Sequence[Point | None], draws: Draws) -> list[Turn]:
-    """Each view, then what is said about it."""
-    turns = []
-    for k, point in enumerate(points):
-        first, *later = lessons(room, scene, k, point, "this frame", draws)
-        turns += [replace(first, parts=(ImageAt(k), *first.parts)), *later]
-    return turns
-
-
-def together(room: Scene, scene: SceneSample, points: Sequence[Point | None], draws: Draws) -> list[Turn]:
-    """All views, then what is said about them in random order."""
-    count = scene.num_views
-    turns = [lessons(room, scene, k, point, frame_name(k, count), draws) for k, point in enumerate(points)]
-    return after_images(count, draws.shuffled([turn for view in turns for turn in view]))
-
-
-def lessons(room: Scene, scene: SceneSample, view: int, point: Point | None, name: str, draws: Draws) -> list[Turn]:
-    """The cells, asked for in one of three ways and told in random order, or what is marked and where, or both.
-
-    To learn what stands where is to learn two things at once, to find a thing and to tell its place, and neither helps
-    without the other. So there are things to find that need no place: how far something is, and what is marked.
-    """
-    found = draws.shuffled(told(room, scene, view))
-    asked, listed = draws.choice(
-        (
-            (f"What is where in {name}?", [f"{cell} {what} {depth:.1f}" for cell, what, depth in found]),
-            (f"Where is what in {name}?", [f"{what} {cell} {depth:.1f}" for cell, what, depth in found]),
-            (f"How far is what in {name}?", nearest(found)),
-        )
-    )
-    turn = Turn((asked,), ", ".join(listed))
-    if point is None:
-        return [turn]
-    assert scene.instances is not None
-    what = next(t.category for t in room.instances if t.index == scene.instances[view, point.row, point.column])
-    height, width = scene.size
-    cell = 1 + GRID * (GRID * point.row // height) + GRID * point.column // width
-    marked = Turn((f"What is marked in red in {name}, and where?",), f"{what} {cell} {point.depth:.1f}")
-    return [turn, marked] if draws.chance(LISTED) else [marked]
-
-
-def nearest(found: Sequence[tuple[int, str, float]]) -> list[str]:
-    """Every name once, with the smallest depth of its cells."""
-    least: dict[str, float] = {}
-    for _, what, depth in found:
-        least[what] = min(depth, least.get(what, depth))
-    return [f"{what} {depth:.1f}" for what, depth in least.items()]
 
 
 def jumbled(scene: SceneSample, choices: Sequence[Sequence[tuple[int, int]]]) -> SceneSample:

@@ -78,7 +78,7 @@ def origins(sample: ChatSample, view: int, scene: SceneSample) -> list[Origin]:
 def test_what_is_told_of_a_cell_is_what_it_shows() -> None:
     source = build_chat_source("rooms_jumbled", None, (SIDE, SIDE), views=[2, 2])
     kinds: set[str] = set()
-    for index in range(6):
+    for index in range(12):
         sample, scene = source.load(index, index), room_views(index)
         room = RoomsSource("any_size", "train", 0, "inquiring").scene(index)
         assert layout().num_tokens(sample.shape) <= layout().num_tokens(source.shape(index, index))
@@ -157,3 +157,12 @@ def test_the_same_seed_gives_the_same_lesson_and_another_another() -> None:
 def test_views_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(InputError, match=r"cannot jumble views of \(80, 84\)"):
         build_chat_source("rooms_jumbled", None, (80, 84))
+
+
+def test_a_way_to_ask_can_be_chosen_and_dots_left_out() -> None:
+    plain = build_chat_source("rooms_jumbled", None, (SIDE, SIDE), ways=["cells"], dotted=0.0)
+    for index in range(4):
+        turns = plain.load(index, index).shape.turns
+        assert all(str(turn.parts[-1]).splitlines()[-1].startswith("What is where in") for turn in turns)
+    with pytest.raises(InputError, match="did you mean things"):
+        build_chat_source("rooms_jumbled", None, (SIDE, SIDE), ways=["thing"])
