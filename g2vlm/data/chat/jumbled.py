@@ -5,8 +5,9 @@ is slow to learn which token a number means. Here the number alone leads there. 
 here as many different things as the room has are in every view, so that most names mean one cell.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -24,39 +25,85 @@ from g2vlm.data.rooms.draws import Draws
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
 
-LISTED = 0.5
-"""Share of the views with a dot whose cells are told too."""
+WAYS_OF_A_VIEW, MOST_TEXT = 2, 260
+"""Ways in which a view is asked about, and tokens that packs reserve for what is said about it."""
 
-MOST_TEXT = 150
-"""Tokens that packs reserve for what is said about a view."""
-
-Told = Sequence[tuple[int, str, float]]
+CLEARLY = 1.15
+"""Of two things, the nearer one is asked for only if the other is so many times as deep."""
 
 
-def by_number(found: Told) -> list[str]:
+@dataclass(frozen=True)
+class Shown:
+    """What is known of a jumbled view.
+
+    Args:
+        name: how a question names it.
+        cells: number, name and depth of each.
+        dot: name, cell and depth of what is under it; None without a dot.
+    """
+
+    name: str
+    cells: Sequence[tuple[int, str, float]]
+    dot: tuple[str, int, float] | None
+
+
+def cells(view: Shown, draws: Draws) -> list[Turn]:
     """Number, name and depth of every cell."""
-    return [f"{cell} {what} {depth:.1f}" for cell, what, depth in found]
+    listed = [f"{cell} {what} {depth:.1f}" for cell, what, depth in draws.shuffled(view.cells)]
+    return [Turn((f"What is where in {view.name}?",), ", ".join(listed))]
 
 
-def by_name(found: Told) -> list[str]:
+def things(view: Shown, draws: Draws) -> list[Turn]:
     """Name, number and depth of every cell."""
-    return [f"{what} {cell} {depth:.1f}" for cell, what, depth in found]
+    listed = [f"{what} {cell} {depth:.1f}" for cell, what, depth in draws.shuffled(view.cells)]
+    return [Turn((f"Where is what in {view.name}?",), ", ".join(listed))]
 
 
-def nearest(found: Told) -> list[str]:
+def distances(view: Shown, draws: Draws) -> list[Turn]:
     """Every name once, with the smallest depth of its cells."""
     least: dict[str, float] = {}
-    for _, what, depth in found:
+    for _, what, depth in draws.shuffled(view.cells):
         least[what] = min(depth, least.get(what, depth))
-    return [f"{what} {depth:.1f}" for what, depth in least.items()]
+    listed = [f"{what} {depth:.1f}" for what, depth in least.items()]
+    return [Turn((f"How far is what in {view.name}?",), ", ".join(listed))]
 
 
-WAYS: Mapping[str, tuple[str, Callable[[Told], list[str]]]] = {
-    "cells": ("What is where in {}?", by_number),
-    "things": ("Where is what in {}?", by_name),
-    "distances": ("How far is what in {}?", nearest),
+def dot(view: Shown, draws: Draws) -> list[Turn]:
+    """Name, cell and depth of what is marked."""
+    if view.dot is None:
+        return []
+    what, cell, depth = view.dot
+    return [Turn((f"What is marked in red in {view.name}, and where?",), f"{what} {cell} {depth:.1f}")]
+
+
+def pairs(view: Shown, draws: Draws) -> list[Turn]:
+    """Which of two things with one cell each is nearer, further left, higher; not asked where it is neither."""
+    counts = Counter(what for _, what, _ in view.cells)
+    single = [(cell, what, depth) for cell, what, depth in draws.shuffled(view.cells) if counts[what] == 1]
+    if len(single) < 2:
+        return []
+    (cell, one, depth), (other_cell, other, other_depth) = single[:2]
+    (row, column), (other_row, other_column) = divmod(cell - 1, GRID), divmod(other_cell - 1, GRID)
+    turns = []
+    for word, mine, others, margin in (
+        ("nearer", depth, other_depth, CLEARLY),
+        ("further left", column + 1, other_column + 1, 1.0),
+        ("higher", row + 1, other_row + 1, 1.0),
+    ):
+        if max(mine, others) > margin * min(mine, others):
+            asked = f"Which is {word} in {view.name}, the {one} or the {other}?"
+            turns.append(Turn((asked,), one if mine < others else other))
+    return draws.shuffled(turns)
+
+
+WAYS: Mapping[str, Callable[[Shown, Draws], list[Turn]]] = {
+    "cells": cells,
+    "things": things,
+    "distances": distances,
+    "dot": dot,
+    "pairs": pairs,
 }
-"""How the cells of a view are asked for, and what the answer lists in random order.
+"""How a view is asked about.
 
 To learn what stands where is to learn two things at once, to find a thing and to tell its place, and neither helps
 without the other. So there are things to find that need no place: how far something is, and what is marked.
@@ -64,7 +111,7 @@ without the other. So there are things to find that need no place: how far somet
 
 
 class JumbledRooms:
-    """What is where in jumbled views: the cells in one of several ways, and a marked point.
+    """What is where in jumbled views, asked for in several ways; a red dot is where a question speaks of it.
 
     The views stand before the first question, or, as often, each before what is said about it. The geometry encoder
     gets none: they are no views of a scene.
@@ -72,8 +119,7 @@ class JumbledRooms:
     Args:
         split, seed, law, cameras: as of `RoomsQA`.
         views, view_size: as of `Showing`.
-        ways: keys of `WAYS` to draw from.
-        dotted: share of the views with a red dot.
+        ways: keys of `WAYS`; two of them are drawn for a view.
 
     Raises:
         InputError: the views cannot be cut into three rows and three columns, or an unknown way.
@@ -90,14 +136,13 @@ class JumbledRooms:
         views: Sequence[int] = (3, 4),
         view_size: Sequence[int] = (84, 84),
         ways: Sequence[str] = tuple(WAYS),
-        dotted: float = 1.0,
     ):
         if any(length % GRID for length in view_size):
             raise InputError(f"cannot jumble views of {tuple(view_size)}", f"sides must divide by {GRID}", "view_size")
         for way in ways:
             if way not in WAYS:
-                raise unknown("way to ask for cells", way, list(WAYS))
-        self.rooms, self.ways, self.dotted = RoomsSource(law, split, seed, cameras), tuple(ways), dotted
+                raise unknown("way to ask about a view", way, list(WAYS))
+        self.rooms, self.ways = RoomsSource(law, split, seed, cameras), tuple(ways)
         self.showing = Showing((views[0], views[1]), (view_size[0], view_size[1]), geometry=False, blank=False)
 
     def __len__(self) -> int:
@@ -115,24 +160,17 @@ class JumbledRooms:
         mixed = jumbled(scene, choices(names, draws))
         assert mixed.depth is not None
         frames = [replace(f, depth=d.numpy()) for f, d in zip(room_facts(room, scene).frames, mixed.depth, strict=True)]
-        points = [some_point(frame, draws) if draws.chance(self.dotted) else None for frame in frames]
-        marks = [mark_at(k, frames[k], point) for k, point in enumerate(points) if point]
         alone, count = draws.chance(0.5), scene.num_views
-        shown = ["this frame" if alone else frame_name(k, count) for k in range(count)]
-        said = [self._told(room, mixed, k, point, shown[k], draws) for k, point in enumerate(points)]
+        said, marks = [], []
+        for k, frame in enumerate(frames):
+            ways = draws.shuffled(self.ways)[:WAYS_OF_A_VIEW]
+            point = some_point(frame, draws) if "dot" in ways else None
+            marks += [mark_at(k, frame, point)] if point else []
+            under = marked(room, mixed, k, point) if point else None
+            view = Shown("this frame" if alone else frame_name(k, count), told(room, mixed, k), under)
+            said.append([turn for way in ways for turn in WAYS[way](view, draws)] or cells(view, draws))
         turns = apart(said) if alone else after_images(count, draws.shuffled([turn for view in said for turn in view]))
         return self.showing.sample(mixed, turns, self.name, self.name, marks)
-
-    def _told(
-        self, room: Scene, scene: SceneSample, view: int, point: Point | None, name: str, draws: Draws
-    ) -> list[Turn]:
-        """The cells of a view, its dot, or both."""
-        asked, listed = WAYS[draws.choice(self.ways)]
-        cells = Turn((asked.format(name),), ", ".join(listed(draws.shuffled(told(room, scene, view)))))
-        if point is None:
-            return [cells]
-        dot = marked(room, scene, view, point, name)
-        return [cells, dot] if draws.chance(LISTED) else [dot]
 
 
 def apart(said: Sequence[Sequence[Turn]]) -> list[Turn]:
@@ -143,13 +181,12 @@ def apart(said: Sequence[Sequence[Turn]]) -> list[Turn]:
     return turns
 
 
-def marked(room: Scene, scene: SceneSample, view: int, point: Point, name: str) -> Turn:
-    """What is under the dot, its cell and its depth."""
+def marked(room: Scene, scene: SceneSample, view: int, point: Point) -> tuple[str, int, float]:
+    """Name, cell and depth of what is under a dot."""
     assert scene.instances is not None
     what = next(t.category for t in room.instances if t.index == scene.instances[view, point.row, point.column])
     height, width = scene.size
-    cell = 1 + GRID * (GRID * point.row // height) + GRID * point.column // width
-    return Turn((f"What is marked in red in {name}, and where?",), f"{what} {cell} {point.depth:.1f}")
+    return what, 1 + GRID * (GRID * point.row // height) + GRID * point.column // width, point.depth
 
 
 def choices(names: Sequence[Sequence[str]], draws: Draws) -> list[list[tuple[int, int]]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from g2vlm.data.chat.descriptions import GRID, told
-from g2vlm.data.chat.jumbled import JumbledRooms, choices, jumbled
+from g2vlm.data.chat.jumbled import JumbledRooms, Shown, choices, jumbled, pairs
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.types import ChatSample, ImageAt
 from g2vlm.data.rooms import RoomsSource, Scene
@@ -107,13 +107,18 @@ def test_what_is_told_of_a_cell_is_what_it_shows() -> None:
                     if what in dict(seen)
                 )
                 assert len({what for what, _ in said}) == len(said)
-            else:
+            elif not asked.startswith("Which is"):
                 assert sorted(number for words in said for number in words[:2] if number.isdigit()) == list("123456789")
                 for first, second, depth in said:
                     number, name = (first, second) if asked.startswith("What") else (second, first)
                     origin = shown[int(number) - 1]
                     assert origin is None or (name, depth) == known[origin]
-    assert kinds == {"What is where in", "Where is what in", "How far is what", "What is marked in"}
+    asked_of_cells = {"What is where in", "Where is what in", "How far is what", "What is marked in"}
+    assert (
+        asked_of_cells
+        < kinds
+        <= asked_of_cells | {f"Which is {word}" for word in ("nearer in", "further left", "higher in")}
+    )
 
 
 def under(
@@ -159,8 +164,31 @@ def test_views_that_cannot_be_cut_are_refused() -> None:
         build_chat_source("rooms_jumbled", None, (80, 84))
 
 
-def test_a_way_to_ask_can_be_chosen_and_dots_left_out() -> None:
-    plain = build_chat_source("rooms_jumbled", None, (SIDE, SIDE), ways=["cells"], dotted=0.0)
+def test_two_things_of_a_view_are_compared() -> None:
+    """First the lamp is in the upper left, the sofa in the lower right and nearer. Walls are many, and not compared."""
+
+    def asked(lamp: tuple[int, float], sofa: tuple[int, float]) -> dict[str, str]:
+        walls = [(cell, "wall", 0.1) for cell in range(1, 10) if cell not in (lamp[0], sofa[0])]
+        view = Shown("this frame", [(lamp[0], "lamp", lamp[1]), (sofa[0], "sofa", sofa[1]), *walls], None)
+        turns = [turn for seed in range(8) for turn in pairs(view, Draws(seed))]
+        names = {str(turn.parts[0]).split(", ")[1] for turn in turns}
+        assert names == {"the lamp or the sofa?", "the sofa or the lamp?"}
+        answers = {(str(turn.parts[0]).split(" in this frame")[0], turn.answer) for turn in turns}
+        assert len(dict(answers)) == len(answers)
+        return dict(answers)
+
+    assert asked((1, 2.0), (9, 1.0)) == {
+        "Which is nearer": "sofa",
+        "Which is further left": "lamp",
+        "Which is higher": "lamp",
+    }
+    assert asked((6, 1.0), (4, 1.1)) == {"Which is further left": "sofa"}
+    assert asked((7, 1.0), (4, 1.2)) == {"Which is nearer": "lamp", "Which is higher": "sofa"}
+    assert pairs(Shown("this frame", [(1, "lamp", 1.0), (2, "wall", 1.0), (3, "wall", 2.0)], None), Draws(0)) == []
+
+
+def test_ways_to_ask_can_be_chosen() -> None:
+    plain = build_chat_source("rooms_jumbled", None, (SIDE, SIDE), ways=["cells"])
     for index in range(4):
         turns = plain.load(index, index).shape.turns
         assert all(str(turn.parts[-1]).splitlines()[-1].startswith("What is where in") for turn in turns)
