@@ -197,7 +197,7 @@ g2vlm chat photos/ --model {second}
 # what it was trained on and asked about
 g2vlm data preview rooms -o rooms.png
 g2vlm data preview rooms_qa -o questions.png
-# train for longer; stage 2 starts from the demo weights, or from --model (docs/training.md)
+# train for longer; stage 2 starts from train/weights/stage1, or from --model (docs/training.md)
 bash train/stage1_geometry.sh --runtime.steps 20000
 bash train/stage2_joint.sh --runtime.steps 20000
 # a larger model on a GPU

@@ -46,7 +46,6 @@ say "results go to $OUT"
 say "stage 1: a tiny model learns geometry from rendered rooms (about 8 minutes on 2 cores)"
 stage stage1 stage1_geometry.sh --config configs/tiny_stage1.yaml --runtime.device cpu "$@"
 
-# nothing has taught this model's semantic encoder yet, so it learns from the answers too
 say "stage 2: it learns to answer questions about them (about 4 minutes)"
 START=$(cksum < "$OUT/stage1/model/model.safetensors")
 if [ "$(cat "$OUT/stage2/start.cksum" 2> /dev/null)" != "$START" ]; then # nothing yet, or begun from another stage 1
@@ -54,6 +53,7 @@ if [ "$(cat "$OUT/stage2/start.cksum" 2> /dev/null)" != "$START" ]; then # nothi
     mkdir "$OUT/stage2"
     echo "$START" > "$OUT/stage2/start.cksum"
 fi
+# nothing has taught this model's semantic encoder yet, so it learns from the answers too
 stage stage2 stage2_joint.sh --config configs/tiny_stage2.yaml --runtime.device cpu --model "$OUT/stage1/model" \
     --trainable '{semantic_expert: 1.0, embeddings: 1.0, lm_head: 1.0, semantic_encoder: 1.0}' --runtime.steps "$STAGE2_STEPS"
 

@@ -44,6 +44,7 @@ LAW, CAMERAS = "any_size", "inquiring"
 VIEWS, SIDE = 4, 84
 BLOCK = MERGE * PATCH
 VIEWS_PER_STEP, HIDDEN = 96, 256
+NO_PATCH = (SIDE // PATCH) ** 2
 MARKED = 0.5
 """Share of the views with the red dot that questions speak of."""
 
@@ -90,7 +91,8 @@ def _lesson(seed: int, index: int) -> tuple[NDArray[np.uint8], list[str], NDArra
     points = [some_point(frame, draws) if draws.chance(MARKED) else None for frame in frames]
     marks = [mark_at(k, frames[k], point) for k, point in enumerate(points) if point]
     owners, depths = patches(room, scene)
-    return shown_views(scene.images, marks), owners, depths, np.array([patch_of(point) for point in points])
+    marked = np.array([patch_of(point) if point else NO_PATCH for point in points])
+    return shown_views(scene.images, marks), owners, depths, marked
 
 
 def patches(room: Scene, scene: SceneSample) -> tuple[list[str], NDArray[np.float32]]:
@@ -107,13 +109,11 @@ def patches(room: Scene, scene: SceneSample) -> tuple[list[str], NDArray[np.floa
     return told, np.array(metres, np.float32).reshape(scene.num_views, -1)
 
 
-def patch_of(point: Point | None) -> int:
-    """The patch that a point is in; their number for none."""
+def patch_of(point: Point) -> int:
+    """The patch that a point is in."""
     dot = np.zeros((1, SIDE, SIDE), bool)
-    if point:
-        dot[0, point.row, point.column] = True
-    here = _cut(dot).sum(axis=1)
-    return int(here.argmax()) if point else len(here)
+    dot[0, point.row, point.column] = True
+    return int(_cut(dot).sum(axis=1).argmax())
 
 
 def _cut(values: NDArray) -> NDArray:

@@ -1,12 +1,14 @@
 """The weights that stage 2 starts from: the geometry of the demo weights, and a card."""
 
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.ablations import ROOT
 from g2vlm.checkpoint import DEMO_WEIGHTS, read_config
 
-STAGE1 = ROOT / "train/weights/stage1"
+STAGE1 = Path(__file__).parents[2] / "train/weights/stage1"
+GEOMETRY = ("geometry_encoder.", "geometry_projection.", "heads.")
 
 
 def test_they_are_small_and_described() -> None:
@@ -18,6 +20,6 @@ def test_they_are_small_and_described() -> None:
 def test_their_geometry_is_that_of_the_demo_weights() -> None:
     """What stage 2 has not trained, `g2vlm recon` uses too."""
     start, demo = (load_file(folder / "model.safetensors") for folder in (STAGE1, DEMO_WEIGHTS))
-    geometry = [name for name in start if name.startswith(("geometry_encoder.", "heads.")) or ".geometric" in name]
-    assert len(geometry) > 150
+    geometry = [name for name in start if name.startswith(GEOMETRY) or ".geometric" in name]
+    assert {name.split(".")[0] for name in geometry} == {"geometry_encoder", "geometry_projection", "heads", "decoder"}
     assert all(torch.equal(start[name], demo[name]) for name in geometry)

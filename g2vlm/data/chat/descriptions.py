@@ -116,7 +116,12 @@ def after_images(count: int, turns: Sequence[Turn]) -> list[Turn]:
 
 def cells(room: Scene, scene: SceneSample, view: int, draws: Draws) -> str:
     """Every cell of a view, in random order: its number, name and depth."""
-    return ", ".join(f"{number} {name} {depth:.1f}" for number, name, depth in draws.shuffled(told(room, scene, view)))
+    return listed(told(room, scene, view), draws)
+
+
+def listed(cells: Sequence[tuple[int, str, float]], draws: Draws) -> str:
+    """Number, name and depth of cells, in random order."""
+    return ", ".join(f"{number} {name} {depth:.1f}" for number, name, depth in draws.shuffled(cells))
 
 
 def told(room: Scene, scene: SceneSample, view: int) -> list[tuple[int, str, float]]:
@@ -161,7 +166,7 @@ def followed(facts: SceneFacts, thing: SceneObject) -> str:
 
 def place(frame: Frame, thing: SceneObject, sighting: Sighting) -> str:
     """Cell and distance of an object in a frame."""
-    return f"{cell(sighting.box, frame.size)} {float(point_distance(frame.centre[None], thing.box)[0]):.1f}"
+    return f"{cell_at(sighting.box, frame.size)} {float(point_distance(frame.centre[None], thing.box)[0]):.1f}"
 
 
 def some_point(frame: Frame, draws: Draws) -> Point | None:
@@ -169,7 +174,7 @@ def some_point(frame: Frame, draws: Draws) -> Point | None:
     return next((point for _ in range(POINT_TRIES) if (point := flat_point(frame, draws))), None)
 
 
-def cell(box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
+def cell_at(box: tuple[int, int, int, int], size: tuple[int, int]) -> int:
     """The number of the cell that the middle of a sighting's box is in."""
     height, width = size
     column, row = (box[0] + box[2] + 1) / 2 / width, (box[1] + box[3] + 1) / 2 / height

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from g2vlm.data.chat.descriptions import GRID, after_images, some_point, told
+from g2vlm.data.chat.descriptions import GRID, after_images, cell_at, listed, some_point, told
 from g2vlm.data.chat.rooms import OPENING, Showing
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
 from g2vlm.data.qa.camera_tasks import Point, mark_at
@@ -49,14 +49,13 @@ class Shown:
 
 def cells(view: Shown, draws: Draws) -> list[Turn]:
     """Number, name and depth of every cell."""
-    listed = [f"{cell} {what} {depth:.1f}" for cell, what, depth in draws.shuffled(view.cells)]
-    return [Turn((f"What is where in {view.name}?",), ", ".join(listed))]
+    return [Turn((f"What is where in {view.name}?",), listed(view.cells, draws))]
 
 
 def things(view: Shown, draws: Draws) -> list[Turn]:
     """Name, number and depth of every cell."""
-    listed = [f"{what} {cell} {depth:.1f}" for cell, what, depth in draws.shuffled(view.cells)]
-    return [Turn((f"Where is what in {view.name}?",), ", ".join(listed))]
+    found = [f"{what} {cell} {depth:.1f}" for cell, what, depth in draws.shuffled(view.cells)]
+    return [Turn((f"Where is what in {view.name}?",), ", ".join(found))]
 
 
 def distances(view: Shown, draws: Draws) -> list[Turn]:
@@ -64,8 +63,8 @@ def distances(view: Shown, draws: Draws) -> list[Turn]:
     least: dict[str, float] = {}
     for _, what, depth in draws.shuffled(view.cells):
         least[what] = min(depth, least.get(what, depth))
-    listed = [f"{what} {depth:.1f}" for what, depth in least.items()]
-    return [Turn((f"How far is what in {view.name}?",), ", ".join(listed))]
+    found = [f"{what} {depth:.1f}" for what, depth in least.items()]
+    return [Turn((f"How far is what in {view.name}?",), ", ".join(found))]
 
 
 def dot(view: Shown, draws: Draws) -> list[Turn]:
@@ -185,8 +184,8 @@ def marked(room: Scene, scene: SceneSample, view: int, point: Point) -> tuple[st
     """Name, cell and depth of what is under a dot."""
     assert scene.instances is not None
     what = next(t.category for t in room.instances if t.index == scene.instances[view, point.row, point.column])
-    height, width = scene.size
-    return what, 1 + GRID * (GRID * point.row // height) + GRID * point.column // width, point.depth
+    pixel = (point.column, point.row, point.column, point.row)
+    return what, cell_at(pixel, scene.size), point.depth
 
 
 def choices(names: Sequence[Sequence[str]], draws: Draws) -> list[list[tuple[int, int]]]:
@@ -218,8 +217,8 @@ def _moved(views: Tensor, choices: Sequence[Sequence[tuple[int, int]]]) -> Tenso
     """(V, ..., H, W)."""
     moved = views.clone()
     for target, chosen in zip(moved, choices, strict=True):
-        for to, (view, cell) in enumerate(chosen):
-            target[_cell(to, views.shape)] = views[view][_cell(cell, views.shape)]
+        for to, (view, place) in enumerate(chosen):
+            target[_cell(to, views.shape)] = views[view][_cell(place, views.shape)]
     return moved
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from g2vlm.data.chat.descriptions import RoomDescriptions, cell, cells, followed, moved, objects
+from g2vlm.data.chat.descriptions import RoomDescriptions, cell_at, cells, followed, moved, objects
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.rooms import MOST_TEXT, OPENING, RoomsChats
 from g2vlm.data.chat.types import ChatSample, ImageAt
@@ -192,7 +192,7 @@ def test_objects_are_told_with_cells_and_movements_in_the_first_camera() -> None
     told = {objects(facts, frames[0], Draws(seed)) for seed in range(20)}
     assert told == {"bed 9 2.5, lamp 1 2.5", "lamp 1 2.5, bed 9 2.5"}
     assert objects(facts, replace(frames[0], sightings=seen[2:]), Draws(0)) == "none"
-    assert [cell(box, (84, 84)) for box in ((0, 0, 83, 83), (83, 0, 83, 0), (0, 83, 0, 83))] == [5, 3, 7]
+    assert [cell_at(box, (84, 84)) for box in ((0, 0, 83, 83), (83, 0, 83, 0), (0, 83, 0, 83))] == [5, 3, 7]
     unseen = replace(frames[0], sightings=seen[1:])
     in_turn = replace(facts, frames=(unseen, frames[0], frames[1]))
     assert [followed(in_turn, thing) for thing in things] == ["2 9 2.5, 3 9 4.5", "1 1 2.5, 2 1 2.5, 3 1 4.5", ""]
