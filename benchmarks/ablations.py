@@ -1,13 +1,14 @@
 """Train and score what a write-up compares, over several seeds: `python -m benchmarks.ablations stage1`.
 
-Every run is a folder NAME-SEED with `training` and a folder for each score. What is finished is not done again, and an
-interrupted training goes on, so the command may be stopped and repeated. At the end it writes `table.md`, mean and
-standard deviation over seeds, and `curves.png`, the validation losses.
+Every run is a folder NAME-SEED with `training` and a folder for each score. What is finished is not done again, an
+interrupted training goes on, and interrupted scoring starts anew, so the command may be stopped and repeated. At the
+end it writes `table.md`, mean and standard deviation over seeds, and `curves.png`, the validation losses.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,11 +64,10 @@ def carry_out(
     if not (training / "model").exists():
         commands = [["-m", "train.run", "--config", experiment.configs[name], *options, "--runtime.seed", str(seed),
                      "--runtime.output", str(training), "--runtime.resume", "auto"]]  # fmt: skip
-    commands += [
-        [*command, "--model", str(training / "model"), "--output", str(folder / score), *limit]
-        for score, command in experiment.scores.items()
-        if not (folder / score / "results.json").exists()
-    ]
+    for score, command in experiment.scores.items():
+        if not (folder / score / "results.json").exists():
+            shutil.rmtree(folder / score, ignore_errors=True)
+            commands.append([*command, "--model", str(training / "model"), "--output", str(folder / score), *limit])
     folder.mkdir(parents=True, exist_ok=True)
     for command in commands:
         print(f"{name}, seed {seed}: {' '.join(command)}", file=sys.stderr, flush=True)
