@@ -115,15 +115,16 @@ def curves(experiment: Experiment, output: Path, seeds: int) -> Image.Image:
     """The validation losses, mean over seeds, as a picture."""
     lines = []
     for name, colour in zip(experiment.configs, COLOURS[: len(experiment.configs)], strict=True):
-        runs = [validation_losses(run_folder(output, name, seed) / "training/log.jsonl") for seed in range(seeds)]
+        logs = [run_folder(output, name, seed) / "training/log.jsonl" for seed in range(seeds)]
+        runs = [validation_losses(log, experiment.curve) for log in logs]
         lines.append(Series(name, np.mean(runs, axis=0), colour))
-    return line_chart(f"validation loss, mean of {seeds} seeds", "step", lines)
+    return line_chart(f"validation: {experiment.curve}, mean of {seeds} seeds", "step", lines)
 
 
-def validation_losses(log: Path) -> np.ndarray:
-    """(N, 2) step and validation loss of a training log."""
+def validation_losses(log: Path, term: str = "loss") -> np.ndarray:
+    """(N, 2) step and a term of the validation, by default their sum, from a training log."""
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return np.array([(entry["step"], entry["loss"]) for entry in entries if entry["kind"] == "validation"])
+    return np.array([(entry["step"], entry[term]) for entry in entries if entry["kind"] == "validation"])
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ class Experiment:
         configs: name in the table -> config; the first is the reference, whose baselines are told.
         scores: folder -> what scores a model into it, but for its model and output.
         columns: of the table.
+        curve: the term of the validation that is drawn; `loss`: their sum.
     """
 
     configs: Mapping[str, str]
     scores: Mapping[str, tuple[str, ...]]
     columns: Mapping[str, Column]
+    curve: str = "loss"
 
 
 RECON = ("eval/recon.py", "--pictures", "0")
@@ -74,6 +76,7 @@ EXPERIMENTS = {
             "numbers, MRA": Column("questions", "number_mra", "{:.1f}"),
             **{name: RECONSTRUCTION[name] for name in ("AbsRel", "rotation, median deg")},
         },
+        curve="language",
     ),
 }
 """`stage1`: attention between views, one encoder or two (G2VLM Fig. 6); `joint`: the strategies of stage 2 (Fig. 4)."""

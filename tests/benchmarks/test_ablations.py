@@ -26,7 +26,7 @@ def finished(output: Path, name: str) -> Path:
                 metrics = dict.fromkeys(names, 0.1 + 0.2 * seed)
                 results = {"metrics": metrics, "baselines": {"constant depth": {"abs_rel": 0.4}}}
                 (folder / score / "results.json").write_text(json.dumps(results))
-            losses = [{"kind": "validation", "step": 10 * i, "loss": 6 - 2 * i} for i in (1, 2)]
+            losses = [{"kind": "validation", "step": 10 * i, "loss": 6 - 2 * i, "language": 2 - i} for i in (1, 2)]
             lines = [{"kind": "step", "step": 1, "loss": 9.0}, *losses]
             (folder / "training/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return output
@@ -87,6 +87,16 @@ def test_joint_training_is_told_with_all_its_scores(tmp_path: Path, capsys) -> N
     assert rows[5][0] == "| (constant depth)"
     assert rows[5][1:4] == ["-", "-", "-"]
     assert "0.4000" in rows[5]
+
+
+def test_the_curve_of_joint_training_is_that_of_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strategies' sums of losses do not compare: one of them has the geometry loss in it."""
+    drawn = []
+    monkeypatch.setattr(ablations, "line_chart", lambda title, label, lines: drawn.extend([title, *lines]))
+    ablations.curves(EXPERIMENTS["joint"], finished(tmp_path, "joint"), 2)
+    title, *lines = drawn
+    assert "language" in title
+    assert [line.points.tolist() for line in lines] == [[[10, 1], [20, 0]]] * 5
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
