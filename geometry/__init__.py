@@ -21,7 +21,7 @@ from geometry.cameras import (
     unproject,
 )
 from geometry.losses import GeometryLosses, GeometryLossWeights, GeometryTargets, geometry_losses
-from geometry.pointmaps import depth_edges, normals_from_points, world_points_from_local
+from geometry.pointmaps import depth_edges, neighbour_normals, normals_from_points, world_points_from_local
 from geometry.rotations import geodesic_angle, rotation_from_9d
 from geometry.transforms import apply_rigid, invert_rigid, relative_cam, rigid
 from geometry.types import GeometryPrediction, Similarity, Views
@@ -45,6 +45,7 @@ __all__ = [
     "integer_grid_to_half_pixel",
     "intrinsics_from_points",
     "invert_rigid",
+    "neighbour_normals",
     "normals_from_points",
     "pixel_grid",
     "project",

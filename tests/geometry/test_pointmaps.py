@@ -3,7 +3,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from geometry import apply_rigid, depth_edges, normals_from_points, ray_directions, world_points_from_local
+from geometry import (
+    apply_rigid,
+    depth_edges,
+    neighbour_normals,
+    normals_from_points,
+    ray_directions,
+    world_points_from_local,
+)
 from tests.geometry.scenes import BATCHES, intrinsics, random_poses
 
 
@@ -71,6 +78,41 @@ def test_normals_gradient() -> None:
     valid = torch.ones(3, 4, dtype=torch.bool)
     valid[1, 1] = False
     assert torch.autograd.gradcheck(lambda p: normals_from_points(p, valid)[0], points)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_corner_normals_of_a_plane_face_the_camera(batch: tuple[int, ...]) -> None:
+    points = plane(NORMAL, *batch)
+    normals, valid = neighbour_normals(points, torch.ones_like(points[..., 0], dtype=torch.bool))
+    assert normals.shape == (4, *points.shape)
+    rows, columns = torch.arange(6)[:, None], torch.arange(7)
+    up, left, down, right = rows > 0, columns > 0, rows < 5, columns < 6
+    expected = torch.stack([up & left, left & down, down & right, right & up])
+    assert torch.equal(valid, expected.view(4, *(1,) * len(batch), 6, 7).expand_as(valid))
+    torch.testing.assert_close(normals[valid], NORMAL.expand(int(valid.sum()), 3))
+    assert (normals[~valid] == 0).all()
+
+
+def test_corner_normals_match_the_definition() -> None:
+    points = torch.randn(4, 5, 3, dtype=torch.float64)
+    valid = torch.rand(4, 5) > 0.2
+    normals, usable = neighbour_normals(torch.where(valid[..., None], points, torch.nan), valid)
+    steps = [(-1, 0), (0, -1), (1, 0), (0, 1)]  # up, left, down, right
+    for corner, y, x in np.ndindex(4, 4, 5):
+        there = [(y + dy, x + dx) for dy, dx in (steps[corner], steps[(corner + 1) % 4])]
+        known = all(0 <= v < 4 and 0 <= u < 5 and valid[v, u] for v, u in [(y, x), *there])
+        assert usable[corner, y, x] == known
+        if known:
+            first, second = (points[v, u] - points[y, x] for v, u in there)
+            across = torch.linalg.cross(first, second)
+            torch.testing.assert_close(normals[corner, y, x], across / across.norm())
+
+
+def test_corner_normals_gradient() -> None:
+    points = (plane(NORMAL, size=(3, 4)) + 0.05 * torch.randn(3, 4, 3, dtype=torch.float64)).requires_grad_()
+    valid = torch.ones(3, 4, dtype=torch.bool)
+    valid[1, 1] = False
+    assert torch.autograd.gradcheck(lambda p: neighbour_normals(p, valid)[0], points)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
