@@ -101,7 +101,7 @@ def intrinsics_from_points(local_points: Tensor, valid: Tensor | None = None) ->
     for _ in range(_IRLS_STEPS):
         residual = focal[..., None, None, :] * slope - offset
         focal = _weighted_ratio(slope, offset, usable / residual.abs().clamp_min(1))
-    return _pinhole(focal, centre)
+    return pinhole(focal, centre)
 
 
 def _weighted_ratio(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -109,10 +109,10 @@ def _weighted_ratio(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return (weight * a * b).sum((-3, -2)) / (weight * a * a).sum((-3, -2))
 
 
-def _pinhole(focal: Tensor, centre: Tensor) -> Tensor:
-    """K (..., 3, 3) from (fx, fy) (..., 2) and (cx, cy) (2,)."""
+def pinhole(focal: Tensor, centre: Tensor) -> Tensor:
+    """K (..., 3, 3) without skew from (fx, fy) (..., 2) and (cx, cy) (..., 2) or (2,)."""
     left = torch.diag_embed(focal)  # (..., 2, 2)
-    top = torch.cat([left, centre[:, None].expand(*left.shape[:-1], 1)], dim=-1)
+    top = torch.cat([left, centre.expand_as(focal)[..., None]], dim=-1)
     bottom = torch.eye(3, dtype=top.dtype, device=top.device)[2:]
     return torch.cat([top, bottom.expand(*top.shape[:-2], 1, 3)], dim=-2)
 
