@@ -33,10 +33,15 @@ def ray_directions(K: Tensor, height: int, width: int) -> Tensor:
     Returns:
         (..., H, W, 3).
     """
-    grid = pixel_grid(height, width, dtype=K.dtype, device=K.device)  # (H, W, 2)
-    k = K[..., None, None, :, :]
-    y = (grid[..., 1] - k[..., 1, 2]) / k[..., 1, 1]
-    x = (grid[..., 0] - k[..., 0, 2] - k[..., 0, 1] * y) / k[..., 0, 0]
+    grid = pixel_grid(height, width, dtype=K.dtype, device=K.device)
+    return pixel_rays(grid.expand(*K.shape[:-2], height, width, 2), K)
+
+
+def pixel_rays(pixels: Tensor, K: Tensor) -> Tensor:
+    """Rays (..., *, 3) through pixels (..., *, 2) in the camera frame, scaled to z = 1: `K^-1 (u, v, 1)`."""
+    k = expand_batch(K, pixels)
+    y = (pixels[..., 1] - k[..., 1, 2]) / k[..., 1, 1]
+    x = (pixels[..., 0] - k[..., 0, 2] - k[..., 0, 1] * y) / k[..., 0, 0]
     return torch.stack([x, y, torch.ones_like(x)], dim=-1)
 
 
