@@ -103,7 +103,8 @@ def test_slack_widens_both_limits_but_shows_nothing_without_depth() -> None:
 def test_pixels_without_depth(nothing: float) -> None:
     depth, K, world_to_cam = flat([2.0, 2.0])
     depth[0, 10, 12] = nothing
-    tracks = tracks_from_depth(depth, K, world_to_cam, torch.tensor([[12, 10], [13, 10]]), NO_MARGIN)
+    pixels = torch.tensor([[12, 10], [13, 10]])
+    tracks = tracks_from_depth(depth, K, world_to_cam, pixels, VisibilityRule(margin=0, min_depth=-math.inf))
     assert tracks.visible.tolist() == tracks.inside.tolist() == [[False, True]] * 2
     depth, K, world_to_cam = flat([2.0, nothing])
     assert not visible((depth, K, world_to_cam), VisibilityRule(slack=0.1))
@@ -182,6 +183,21 @@ def test_the_way_back_needs_depth() -> None:
     error = cycle_error(tracks, depth, K, world_to_cam)
     assert error[1].isinf().all()
     assert error[0].max() < 1e-9
+
+
+def test_the_way_back_starts_inside_the_image() -> None:
+    views = flat([2.0, 2.0], shift=(2.5, 0))
+    tracks = tracks_from_depth(*views, EVERY, NO_MARGIN)
+    lost = cycle_error(tracks, *views)[1].view(H, W).isinf()
+    assert torch.equal(lost, (torch.arange(W) >= W - 2).expand(H, W))
+
+
+def test_the_way_back_does_not_end_behind_the_anchor() -> None:
+    depth, K, world_to_cam = flat([2.0, 2.0])
+    turned = torch.diag(torch.tensor([-1.0, 1, -1, 1], dtype=torch.float64))
+    views = depth, K, torch.stack([world_to_cam[0], turned])
+    tracks = tracks_from_depth(*views, EVERY, VisibilityRule(margin=0, min_depth=-math.inf))
+    assert cycle_error(tracks, *views)[1].isinf().all()
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_no_visible_point_has_no_correlation() -> None:
 
 
 def test_robustness_is_relative_to_the_first_distance() -> None:
-    assert temporal_robustness(np.array([0.8, 0.4, 0.2])).tolist() == [1, 0.5, 0.25]
+    assert temporal_robustness(np.array([0.4, 0.8, 0.1])).tolist() == [1, 2, 0.25]
     assert np.isnan(temporal_robustness(np.array([0.0, 0.4]))).all()
     assert np.isnan(temporal_robustness(np.array([np.nan, 0.4]))).all()
     with pytest.raises(ValueError, match="at least one"):

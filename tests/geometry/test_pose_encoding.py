@@ -48,6 +48,11 @@ def test_half_turns_survive(axis: int) -> None:
     torch.testing.assert_close(decode_pose(encoding, SIZE)[0], pose)
 
 
+def test_the_encoder_writes_one_of_the_two_quaternions() -> None:
+    encoding = encode_pose(random_poses(200), random_intrinsics(200), SIZE)
+    assert (encoding[:, 6] >= 0).all()
+
+
 def test_any_quaternion_of_one_direction_is_one_rotation() -> None:
     encoding = encode_pose(random_poses(5), random_intrinsics(5), SIZE)
     stretched = encoding.clone()
