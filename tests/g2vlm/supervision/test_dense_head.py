@@ -29,9 +29,15 @@ def millions(head: nn.Module) -> float:
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """GeoVR Table 5: 32.3 M, 32.7 M and 13.6 M with d = 2048; the released head has 32.335 M with p = 28."""
+    """GeoVR Table 5: 32.3 M, 32.7 M and 13.6 M with d = 2048; the released head has 32.335 M with p = 28.
+
+    DPT's output convolutions are 256 -> 128 and 128 -> 32 channels of 3 x 3, then 1 x 1 to the depth.
+    """
     with torch.device("meta"):
-        assert millions(DenseHead(2048, 28)) == pytest.approx(32.335, abs=5e-4)
+        dense, dpt = DenseHead(2048, 28), DPTHead(2048)
+        assert millions(dense) == pytest.approx(32.335, abs=5e-4)
+        convolutions = (9 * 256 + 1) * 128 + (9 * 128 + 1) * 32 + (32 + 1)
+        assert millions(dpt.tail) * 1e6 == pytest.approx(convolutions)
         for kind, expected in {"dense": 32.3, "dpt": 32.7, "mlp": 13.6}.items():
             assert round(millions(depth_head(kind, 2048, 32, confidence=False)), 1) == expected
 

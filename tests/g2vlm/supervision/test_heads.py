@@ -44,6 +44,12 @@ def test_token_mlp_is_its_formula() -> None:
     assert [layer.out_features for layer in mlp.layers] == [7, 5, 3]
 
 
+def test_activations_see_float32_even_of_half_precision_weights() -> None:
+    seen = []
+    TokenMLP([DIM, 3], activation=lambda x: seen.append(x.dtype) or x).bfloat16()(torch.randn(4, DIM))
+    assert seen == [torch.float32]
+
+
 def test_token_mlp_needs_two_widths() -> None:
     with pytest.raises(ValueError, match="at least an input and an output width"):
         TokenMLP([DIM])

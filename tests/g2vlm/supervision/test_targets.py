@@ -11,6 +11,7 @@ from g2vlm.data.rooms import RoomsSource
 from g2vlm.data.types import ViewRequest
 from g2vlm.supervision.targets import TeacherInfo, TeacherTargets
 from geometry import project
+from geometry.pose_encoding import decode_pose
 
 VIEWS, SIZE, PATCH = 3, (28, 42), 14
 GEOMETRY = ("depth", "confidence", "valid", "cam_to_world", "intrinsics", "points", "metric_scale")
@@ -121,6 +122,16 @@ def test_normalised_valid_points_are_one_away_from_the_first_camera_on_average(r
 def test_metric_scale_still_gives_metres_after_normalising(room: TeacherTargets) -> None:
     normalised = room.normalised()
     torch.testing.assert_close(normalised.depth * normalised.metric_scale, room.depth)
+
+
+def test_pose_encoding_is_that_of_the_poses_and_intrinsics(room: TeacherTargets) -> None:
+    moved = room.in_first_camera()
+    world_to_cam, K = decode_pose(moved.pose_encoding, SIZE)
+    torch.testing.assert_close(world_to_cam @ moved.cam_to_world, torch.eye(4).expand(VIEWS, 4, 4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(K[:, [0, 1], [0, 1]], moved.intrinsics[:, [0, 1], [0, 1]], rtol=1e-5, atol=0)
+    torch.testing.assert_close(moved.pose_encoding[0, :7], torch.tensor([0.0, 0, 0, 0, 0, 0, 1]))
+    expected = moved.pose_encoding * torch.tensor([2.0] * 3 + [1.0] * 6)
+    torch.testing.assert_close(moved.scaled(2.0).pose_encoding, expected)
 
 
 def test_normalising_needs_no_points_of_the_teacher(room: TeacherTargets) -> None:
