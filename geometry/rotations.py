@@ -41,7 +41,7 @@ def geodesic_angle(a: Tensor, b: Tensor) -> Tensor:
     """Angle in radians, in [0, pi], of the rotation that takes `a` to `b`.
 
     2 asin(|a - b|_F / (2 sqrt 2)): exact near zero, where the arccos of the trace loses half its digits. The gradient
-    is infinite at exactly pi; training uses `losses.camera_loss`, which clamps.
+    is infinite at exactly pi; training uses `losses.camera_losses`, which clamps.
 
     Args:
         a, b: rotations (..., 3, 3).

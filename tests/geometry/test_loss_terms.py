@@ -8,9 +8,9 @@ from torch import Tensor
 from geometry import (
     GeometryLossWeights,
     GeometryTargets,
+    align_points_scale,
     apply_rigid,
     geometry_losses,
-    losses,
     ray_directions,
 )
 from geometry.losses import (
@@ -25,6 +25,8 @@ from geometry.losses import (
     normalize_prediction,
     normalize_targets,
     optimal_scale,
+    reconstruction,
+    scale_translations,
     weighted_point_error,
 )
 from tests.geometry.scenes import (
@@ -75,7 +77,7 @@ def test_normalized_prediction_has_no_scale(batch: tuple[int, ...]) -> None:
     bigger = replace(
         prediction,
         local_points=7 * prediction.local_points,
-        cam_to_world=losses.scale_translations(prediction.cam_to_world, torch.full(batch, 7, dtype=F64)),
+        cam_to_world=scale_translations(prediction.cam_to_world, torch.full(batch, 7, dtype=F64)),
         global_points=None if prediction.global_points is None else 7 * prediction.global_points,
     )
     b = normalize_prediction(bigger, targets.valid)
@@ -122,7 +124,7 @@ def test_optimal_scale_equals_the_slow_twin(batch: tuple[int, ...], samples: int
         if samples == 16:
             expected = brute_force_scale(picked[0].flatten(), picked[1].flatten(), expanded.flatten())
         else:
-            expected = losses.align_points_scale(picked[0], picked[1], expanded[:, 0])
+            expected = align_points_scale(picked[0], picked[1], expanded[:, 0])
         torch.testing.assert_close(got, expected.abs())
 
 
@@ -274,7 +276,7 @@ def test_gradient_of_the_total_through_the_divisor(monkeypatch: pytest.MonkeyPat
     """The scale carries no gradient, so it is held fixed for the finite differences."""
     targets, prediction, _, _ = scene_for_gradients()
     scale = geometry_losses(prediction, targets, EVERYTHING).scale
-    monkeypatch.setattr(losses, "optimal_scale", lambda *_: scale)
+    monkeypatch.setattr(reconstruction, "optimal_scale", lambda *_: scale)
     names, tensors = zip(*leaves(prediction).items(), strict=True)
 
     def total(*values: Tensor) -> Tensor:
