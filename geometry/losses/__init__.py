@@ -1,6 +1,6 @@
 """Losses as pure functions: of the geometry heads, and of geometric supervision by a teacher."""
 
-from geometry.losses.means import counted_samples, masked_mean
+from geometry.losses.masked import counted_samples, masked_mean
 from geometry.losses.normalization import (
     ALIGNMENT_SAMPLES,
     GeometryTargets,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geometry.alignment import align_points_scale, sample_valid
-from geometry.losses.means import mean_distance
+from geometry.losses.masked import mean_distance
 from geometry.transforms import apply_rigid, invert_rigid, small_matmul
 from geometry.types import GeometryPrediction, TensorFields, expect_bool, expect_shape, expect_trailing
 

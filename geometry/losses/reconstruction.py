@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geometry.losses.means import counted_samples, masked_mean
+from geometry.losses.masked import counted_samples, masked_mean
 from geometry.losses.normalization import (
     GeometryTargets,
     depth_weights,

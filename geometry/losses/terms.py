@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geometry.losses.means import masked_mean
+from geometry.losses.masked import masked_mean
 from geometry.losses.normalization import scale_translations
 from geometry.pointmaps import depth_edges, normals_from_points
 from geometry.transforms import relative_cam
