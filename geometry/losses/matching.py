@@ -127,6 +127,7 @@ def match_losses(
         Both losses, means over the visible matches, for depth over those with a known one.
     """
     frames, patches = patch_depth.shape
+    patch_depth, point_depth = patch_depth.detach(), matches.depth.detach()
     candidates = unit_vectors(embeddings).flatten(0, 1)  # (F * P, D)
 
     def both(anchor: Tensor, positive: Tensor, same_track: Tensor) -> Tensor:
@@ -141,8 +142,8 @@ def match_losses(
     visible = matches.visible
     anchor, positive = (torch.where(visible, index, 0) for index in (matches.anchor, matches.positive))
     values = by_chunks(both, chunk, anchor, positive, matches.same_track)  # (N, 2)
-    with_depth = visible & (matches.depth > 0) & patch_valid.any(-1)[positive // patches]
-    error = relative_depth_error(values[:, 1], torch.where(with_depth, matches.depth, 0), epsilon)
+    with_depth = visible & (point_depth > 0) & patch_valid.any(-1)[positive // patches]
+    error = relative_depth_error(values[:, 1], torch.where(with_depth, point_depth, 0), epsilon)
     return MatchLosses(
         contrast=masked_mean(values[:, 0], visible),
         depth=masked_mean(error, with_depth),

@@ -109,7 +109,7 @@ def test_gasp_steps(path: Path) -> None:
 @pytest.mark.parametrize("path", golden.cases("supervision/gasp_spec_derived*.safetensors"))
 @pytest.mark.parametrize("negatives", [matching.all_frames, matching.target_frame])
 def test_gasp_of_a_clip(path: Path, negatives: matching.Negatives) -> None:
-    """Anchors in frames of their own, none of whose patches is a negative; the fixture's contrast counts all anchors."""
+    """Anchors in frames of their own, of which no patch is a negative; the fixture's contrast counts every anchor."""
     case = load_file(path)
     anchor, candidates, valid = case["anchor_f64"], case["candidates_f64"], case["valid"]
     count, patches, tau = len(anchor), len(candidates), case["tau_f64"].item()
