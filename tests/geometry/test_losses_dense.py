@@ -82,7 +82,7 @@ def test_what_stands_outside_the_mask_does_not_matter(name: str) -> None:
     expected = torch.autograd.grad(value, (prediction, confidence), allow_unused=True)
     hole = (~mask)[..., None].expand(*mask.shape, channels).reshape(target.shape)
     with torch.no_grad():
-        prediction[hole], target[hole], confidence[~mask] = torch.nan, torch.inf, -1.0
+        prediction[hole], target[hole], confidence[~mask] = torch.nan, torch.inf, 0.0
     spoilt = loss(prediction, target, confidence, mask)
     assert spoilt.item() == value.item()
     for ours, before in zip(
@@ -159,6 +159,15 @@ def test_confidence_of_a_step_is_that_of_its_later_pixel() -> None:
     assert legacy.item() == pytest.approx((counted - 2 * 0.5 * math.log(4)) / 3)
 
 
+def test_legacy_logarithm_without_pixels_is_zero() -> None:
+    prediction, target, confidence, mask = maps()
+    nothing = torch.zeros_like(mask)
+    value = dense.confidence_gradient_loss(prediction, target, confidence, nothing, WEIGHTS, legacy_unmasked_log=True)
+    assert value.item() == 0
+    gradients = torch.autograd.grad(value, (prediction, confidence))
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_silog_by_hand() -> None:
     target = torch.rand(3, 4, dtype=F64) + 1
     mask = torch.ones(3, 4, dtype=torch.bool)
@@ -194,9 +203,12 @@ def test_task_terms() -> None:
     assert set(terms) == {"l2", "confidence", "gradient"}
     error = (prediction - target).abs()[mask]
     assert terms["l2"].item() == pytest.approx(error.mean().item())
+    maps_and_weights = prediction, target, confidence, mask, WEIGHTS
+    torch.testing.assert_close(terms["gradient"], dense.confidence_gradient_loss(*maps_and_weights, [1, 2, 4, 8]))
     points = maps(3)
     terms = task.point_task_terms(*points, WEIGHTS)
     assert set(terms) == {"l2", "confidence", "normal"}
+    torch.testing.assert_close(terms["normal"], surface.confidence_corner_normal_loss(*points, WEIGHTS, [1, 2, 4]))
     assert terms["l2"].item() == pytest.approx((points[0] - points[1]).norm(dim=-1)[points[3]].mean().item())
 
 
@@ -237,17 +249,21 @@ def by_indexing_geovr(values: Tensor, quantile: float, limit: float, minimum: in
     return kept if len(kept) >= minimum else clamped
 
 
-@pytest.mark.parametrize("minimum", [10, 79, 90, 98, 99, 100, 101])
+@pytest.mark.parametrize("minimum", [10, 88, 89, 91, 92, 97, 99, 100, 101])  # around the numbers that are kept
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 0.9, 0.98])
 @pytest.mark.parametrize(
     ("trim", "oracle"), [(dense.trim_vggt, by_indexing_vggt), (dense.trim_geovr, by_indexing_geovr)]
 )
-def test_trimming_is_indexing(trim: dense.Trim, oracle: Callable[..., Tensor], quantile: float, minimum: int) -> None:
+def test_trimming_is_indexing(
+    trim: dense.Trim, oracle: Callable[..., Tensor], quantile: float, minimum: int, ties: bool
+) -> None:
     mask = torch.zeros(150, dtype=torch.bool)
     mask[torch.randperm(150)[:100]] = True
-    values = torch.rand(150).mul(20).round()  # with ties, some above the limit
-    kept_values, kept = trim(values, mask, quantile=quantile, limit=18.0, minimum=minimum)
-    expected = oracle(values[mask], quantile, 18.0, minimum)
+    values = 20 * torch.rand(150)
+    values, limit = (values.round(), 18.0) if ties else (values, 100.0)
+    kept_values, kept = trim(values, mask, quantile=quantile, limit=limit, minimum=minimum)
+    expected = oracle(values[mask], quantile, limit, minimum)
     assert torch.equal(kept_values[kept].sort().values, expected.sort().values)
     assert not (kept & ~mask).any()
 

@@ -135,6 +135,8 @@ def test_attention_gradient() -> None:
         )
 
     assert torch.autograd.gradcheck(loss, logits)
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        loss(logits).sum().backward()
 
 
 def test_relative_depth_error_has_no_scale() -> None:
@@ -221,7 +223,7 @@ def test_match_losses_gradient(negatives: matching.Negatives) -> None:
 def test_invisible_points_contribute_nothing() -> None:
     clip = Clip()
     matches, before = clip.matches, clip.losses(clip.matches)
-    clip.cells = torch.where(clip.visible, clip.cells, -7)
+    clip.cells = torch.where(clip.visible, clip.cells, torch.randint(-999, 999, clip.cells.shape))
     clip.point_depth = torch.where(clip.visible, clip.point_depth, torch.nan)
     after = clip.losses(clip.matches)
     assert after.contrast.item() == before.contrast.item()
@@ -237,6 +239,9 @@ def test_unknown_depths_contribute_nothing() -> None:
     clip.depth = torch.where(clip.known, clip.depth, torch.nan)
     assert clip.losses(clip.matches).depth.isfinite()
     clip.known[2] = False
+    losses = clip.losses(clip.matches)
+    torch.testing.assert_close(losses.depth, dense_losses(clip, only_target_frame=False)[1])
+    assert losses.depth_count < losses.contrast_count
     unknown = replace(clip.matches, depth=torch.full_like(clip.matches.depth, torch.nan))
     losses = clip.losses(unknown)
     assert (losses.depth.item(), losses.depth_count.item()) == (0, 0)
@@ -263,6 +268,16 @@ def test_known_false_negatives_are_left_out() -> None:
     assert clip.losses(literal).contrast > clip.losses(matches).contrast  # more negatives
     same = clip.losses(literal, target_frame).contrast  # the other frames' patches were no candidates anyway
     torch.testing.assert_close(same, clip.losses(matches, target_frame).contrast)
+
+
+def test_a_patch_is_no_negative_of_itself() -> None:
+    """One match, whose track is not told: every patch of the clip but the anchor and its match is a negative."""
+    clip = Clip()
+    untold = torch.zeros(1, 0, dtype=torch.long)
+    matches = Matches(torch.tensor([2]), torch.tensor([9]), untold, torch.tensor([1.5]), torch.tensor([True]))
+    unit = F.normalize(clip.embeddings, dim=-1).flatten(0, 1)
+    logits = torch.cat([unit[9:10], unit[[i for i in range(len(unit)) if i not in (2, 9)]]]) @ unit[2] / TAU
+    torch.testing.assert_close(clip.losses(matches).contrast, -logits.log_softmax(0)[0])
 
 
 def test_only_embeddings_have_a_gradient() -> None:
