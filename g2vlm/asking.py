@@ -6,6 +6,7 @@ The views of the geometry encoder stand before both, right after the system's wo
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Self
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from g2vlm import generation
 from g2vlm.chat_model import ChatModel
+from g2vlm.errors import InputError
 from g2vlm.generation import Prefix, Stream
+from g2vlm.geometry_tokens import expert_tokens
 from g2vlm.images import PATCH, SourceImage, geometry_pixels, geometry_size
+from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.predictions import scene_of
 from g2vlm.processing import normalise_views
 from g2vlm.prompts import Part, chat_segments, next_turn, place_images
@@ -103,6 +107,9 @@ def look(
         InputError: more than fits into the context, or an image that an encoder does not take.
     """
     processor, device = chat.processor, chat.model.device
+    if chat.model.config.fusion and images and views and len(images) != len(views):
+        why = "the model's fusion pairs them one by one"
+        raise InputError(f"{len(images)} images and {len(views)} views", why, "give as many views as images")
     width = processor.view_width if width is None else width
     segments = tuple(SemanticImage(semantic_grid(image.size, processor.rule)) for image in images)
     parts: list[Part] = []
@@ -221,15 +228,33 @@ class Context:
 
     def _prefill(self, segments: Segments, images: Images | None, views: Views | None, after: Prefix | None) -> Prefix:
         model, shown = self.chat.model, images if images and images.segments else None
-        return generation.prefill(
-            model,
-            segments,
-            views=[normalise_views(views.pixels.to(model.device))] if views else [],
-            pixel_values=shown.pixel_values if shown else None,
-            image_grid_thw=shown.grid_thw if shown else None,
-            predict_geometry=self.predict_geometry,
-            after=after,
-        )
+        with model.given_frames.use(self._frames) if shown and self._fuses else nullcontext():
+            return generation.prefill(
+                model,
+                segments,
+                views=[_normalised(views, model)] if views else [],
+                pixel_values=shown.pixel_values if shown else None,
+                image_grid_thw=shown.grid_thw if shown else None,
+                predict_geometry=self.predict_geometry,
+                after=after,
+            )
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether images are fused with what the model's own expert knows of the views."""
+        fusion = self.chat.model.config.fusion
+        return fusion is not None and fusion.source == "geometric_expert"
+
+    @cached_property
+    def _frames(self) -> list[Tensor | None]:
+        """The geometry tokens that each image is fused with, whichever forward it is in; none without views."""
+        model, fusion = self.chat.model, self.chat.model.config.fusion
+        assert fusion is not None
+        assert self.images is not None
+        if self.views is None:
+            return [None] * len(self.images.segments)
+        (tokens,) = expert_tokens(model, [_normalised(self.views, model)], fusion.layer, fusion.camera)
+        return [*tokens.only(fusion.tokens).frames(fusion.scope)]
 
     def _scene(self, prefix: Prefix) -> Scene | None:
         if self.views is None or not prefix.geometry:
@@ -244,6 +269,11 @@ class _Seen:
 
     prefix: Prefix
     scene: Scene | None
+
+
+def _normalised(views: Views, model: G2VLMForConditionalGeneration) -> Tensor:
+    """(S, 3, H, W) on the model's device, as its geometry encoder takes them."""
+    return normalise_views(views.pixels.to(model.device))
 
 
 def _renumbered(stream: Stream | None, members: Sequence[int]) -> Stream | None:

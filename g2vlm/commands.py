@@ -138,6 +138,7 @@ def _config_facts(config: G2VLMConfig) -> dict[str, str]:
         f"positions {config.view_positions}, geometry sees {config.geometry_sees}",
         "encoders": f"{config.encoders}; DINOv2 windows {encoder.windows}",
         "normals": config.heads.normals,
+        "fusion": "none" if config.fusion is None else f"{config.fusion.tokens} tokens of {config.fusion.source}",
         "views": f"{config.view_width} pixels wide unless another width is asked for",
         "conventions": "OpenCV camera axes, cam_to_world poses, one free scale per scene",
     }

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 from transformers import PreTrainedConfig
 
+from g2vlm.fusion_config import FusionConfig
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Normalisation of the geometry encoder's images."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -251,6 +253,7 @@ class G2VLMConfig(PreTrainedConfig):
             points and poses equivariant to the order of the views.
         geometry_sees: `everything` before a view as released; `views` hides text and markers from geometry tokens, so
             that training the semantic expert alone leaves every reconstruction as it is (docs/adr/0008).
+        fusion: image tokens read geometry tokens before the decoder (VLM-3R); None for none.
     """
 
     model_type = "g2vlm"
@@ -267,6 +270,7 @@ class G2VLMConfig(PreTrainedConfig):
         semantic_image_attention: Literal["full", "causal"] = "full",
         view_positions: Literal["sequential", "shared"] = "sequential",
         geometry_sees: Literal["everything", "views"] = "everything",
+        fusion: FusionConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.decoder = _build(DecoderConfig, decoder, "decoder")
@@ -279,6 +283,7 @@ class G2VLMConfig(PreTrainedConfig):
         self.semantic_image_attention = semantic_image_attention
         self.view_positions = view_positions
         self.geometry_sees = geometry_sees
+        self.fusion = None if fusion is None else _build(FusionConfig, fusion, "fusion")
         _refuse_unknown(kwargs.keys(), [*_OWN_KEYS, *_TRANSFORMERS_KEYS], "")
         kwargs.pop("model_type", None)
         super().__init__(**kwargs)
@@ -293,6 +298,8 @@ class G2VLMConfig(PreTrainedConfig):
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if self.fusion is not None:
+            self.fusion.require_fits(self.decoder.hidden_size, self.decoder.num_layers)
         tower = self.semantic_encoder
         if self.encoders == "single" and not isinstance(tower, SemanticEncoderConfig):
             raise ValueError(f"encoders: single needs a qwen2_vl tower; semantic_encoder is {tower.architecture}")
@@ -326,6 +333,7 @@ class G2VLMConfig(PreTrainedConfig):
         """The whole config as JSON types."""
         plain = super().to_dict()
         plain.update({name: _plain(getattr(self, name)) for name in _PARTS})
+        plain["fusion"] = None if self.fusion is None else _plain(self.fusion)
         return plain
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -456,7 +464,7 @@ _CHOICES = {
     "view_positions": ("sequential", "shared"),
     "geometry_sees": ("everything", "views"),
 }
-_OWN_KEYS = [*_PARTS, *_CHOICES]
+_OWN_KEYS = [*_PARTS, *_CHOICES, "fusion"]
 _TRANSFORMERS_KEYS = [
     *[f.name for f in fields(cast(Any, PreTrainedConfig))],
     "model_type", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash", "attn_implementation",

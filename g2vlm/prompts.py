@@ -5,7 +5,7 @@ prompt becomes that token: `<|im_end|>` typed by a user ends the user's turn. Wh
 minds that removes such strings first; `SPECIAL_TOKENS` holds those that mean something to the model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -150,6 +150,40 @@ def _turn(tokenizer: ChatTokenizer, header: str, parts: Sequence[Part], answer: 
     turn = [header, *parts, ASSISTANT]
     segments = [Text(tokenizer.encode(part)) if isinstance(part, str) else part for part in turn if part != ""]
     return [*segments, Text(tokenizer.encode(f"\n{answer or ''}"), supervised=answer is not None)]
+
+
+def plain_question(question: str, duration: float, times: Sequence[float]) -> str:
+    """The question as it is: how VLM-3R is evaluated."""
+    return question
+
+
+def timed_question(question: str, duration: float, times: Sequence[float]) -> str:
+    """A question about a video behind its duration and the times of its frames: how VLM-3R is trained.
+
+    Args:
+        question: the user's words.
+        duration: of the video in seconds.
+        times: of the frames in seconds, rising, within the video.
+
+    Raises:
+        InputError: no frames, or times that do not rise within the video.
+    """
+    if not times or list(times) != sorted(times) or times[0] < 0 or times[-1] > duration:
+        why = f"the times {list(times)} must rise from 0 to the duration, {duration} s"
+        raise InputError("cannot say when the frames were taken", why, "give the time of every frame in seconds")
+    located = ",".join(f"{time:.2f}s" for time in times)
+    return (
+        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly sampled from it. "
+        f"These frames are located at {located}.Please answer the following questions related to this video.\n"
+        f"{question}"
+    )
+
+
+VIDEO_PROMPTS: dict[str, Callable[[str, float, Sequence[float]], str]] = {
+    "plain": plain_question,
+    "timed": timed_question,
+}
+"""Name, as configs and results record it -> what makes the text of a question about a video."""
 
 
 def place_images(question: str, images: Sequence[Placed]) -> list[str | Placed]:

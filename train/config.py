@@ -261,7 +261,7 @@ class RunConfig:
         model: a preset, a checkpoint folder, or a mapping {preset: name, key: value, part: {key: value}}.
         trainable: group of parameters -> multiplier of its learning rate; an absent group is frozen. Groups:
             geometry_encoder, projection, geometric_expert, semantic_expert, embeddings, lm_head, geometry_heads,
-            semantic_encoder.
+            semantic_encoder, fusion.
         lora: adapters in place of the weights of the experts that it names; null: none.
         objectives: what is minimised.
         data: what a step sees.

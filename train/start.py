@@ -8,6 +8,7 @@ import torch
 from g2vlm.checkpoint import load_model
 from g2vlm.config import PRESETS, G2VLMConfig
 from g2vlm.errors import InputError
+from g2vlm.fusion_config import FusionConfig
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from train.config import RunConfig
 from train.lora import add_adapters, peft_settings
@@ -56,12 +57,16 @@ def preset_with(overrides: dict[str, Any]) -> G2VLMConfig:
     preset = PRESETS[name]()
     try:
         values = {
-            key: _part_with(key, getattr(preset, key), value) if isinstance(value, dict) else value
+            key: _part_with(key, getattr(preset, key) or _ABSENT[key], value) if isinstance(value, dict) else value
             for key, value in overrides.items()
         }
         return PRESETS[name](**values)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise InputError("unusable model config", str(error), "see g2vlm/config.py for the keys of a model") from None
+
+
+_ABSENT = {"fusion": FusionConfig()}
+"""What overrides change where a preset has no such part."""
 
 
 def _part_with(name: str, part: Any, overrides: dict[str, Any]) -> Any:

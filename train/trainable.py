@@ -21,6 +21,7 @@ GROUPS = {
     "lm_head": r"lm_head\.",
     "geometry_heads": r"heads\.",
     "semantic_encoder": r"semantic_encoder\.",
+    "fusion": r"fusion\.",
 }
 """Group -> pattern that the names of its parameters start with."""
 

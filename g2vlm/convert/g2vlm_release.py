@@ -173,6 +173,7 @@ def _obstacles(config: G2VLMConfig) -> list[str]:
         "head_dim is not hidden_size / num_heads": decoder.head_dim * decoder.num_heads != decoder.hidden_size,
         f"decoder.mrope_layout is {decoder.mrope_layout}": decoder.mrope_layout != "blocks",
         f"the vision tower is {encoder.architecture}": not isinstance(encoder, SemanticEncoderConfig),
+        "images are fused with geometry tokens": config.fusion is not None,
         "a patch is not 14 pixels": {config.geometry_encoder.patch_size, config.semantic_encoder.patch_size} != {14},
     }
     return [reason for reason, holds in found.items() if holds]

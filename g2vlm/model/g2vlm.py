@@ -24,9 +24,12 @@ from g2vlm.compat import (
 from g2vlm.config import G2VLMConfig
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.encoders.shared_tower import SharedTower
+from g2vlm.fusion_config import FusionConfig
+from g2vlm.geometry_tokens import own_frames
 from g2vlm.model import loading
 from g2vlm.model.cache import KVCache, Rows
 from g2vlm.model.decoder import MoTDecoder
+from g2vlm.model.fusion import GivenFrames, build_fusion, frame_sizes, fuse_frames
 from g2vlm.model.heads import GeometryHeads
 from g2vlm.model.layers import DefaultLinear, GeometryProjection, LayerScale, RMSNorm
 from g2vlm.model.outputs import G2VLMOutput
@@ -40,7 +43,8 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
 
     The forward pass:
         1. embeds text and markers;
-        2. encodes semantic images with a Qwen-VL tower and puts them into their slots;
+        2. encodes semantic images with a Qwen-VL tower, fuses them with geometry tokens if the config says so, and puts
+           them into their slots;
         3. encodes the views of each geometry segment and projects them to the decoder's width;
         4. runs both experts over the expert layout with one shared attention;
         5. predicts logits at the requested semantic tokens;
@@ -65,6 +69,8 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
         self.decoder = MoTDecoder(config.decoder)
         self.lm_head = nn.Linear(dim, config.decoder.vocab_size, bias=False)
         self.heads = GeometryHeads(config)
+        self.fusion = build_fusion(config.fusion, dim, dim)
+        self.given_frames = GivenFrames()
         self.post_init()
         complete_generation_config(self.generation_config, config.tokens)
         if config.decoder.geometric_init == "matching":
@@ -96,6 +102,17 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
         if isinstance(model.geometry_encoder, DinoV2):  # transformers makes every loaded tensor trainable
             model.geometry_encoder.mask_token.requires_grad_(False)
         return (model, info) if with_info else model
+
+    def add_fusion(self, config: FusionConfig) -> None:
+        """Give a loaded model a fusion, as it starts, in place of the one that it has or has not.
+
+        Raises:
+            ValueError: it does not fit the model's width and depth.
+        """
+        config.require_fits(self.config.hidden_size, self.config.decoder.num_layers)
+        self.config.fusion = config
+        self.fusion = build_fusion(config, self.config.hidden_size, self.config.hidden_size)
+        self.fusion.to(self.device, self.dtype).train(self.training)
 
     def _build_geometry_encoder(self, config: G2VLMConfig) -> DinoV2 | SharedTower:
         if config.encoders == "single":
@@ -129,7 +146,7 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
             cache: keys and values of the tokens that the sequence continues; it is not changed.
             use_cache: return the keys and values of all tokens, these included.
         """
-        semantic, deepstack = self.embed_semantic(sequence, pixel_values, image_grid_thw)
+        semantic, deepstack = self.embed_semantic(sequence, pixel_values, image_grid_thw, views)
         geometry = self.embed_views(views)
         self._check(sequence, geometry, cache)
         grown = None
@@ -154,7 +171,11 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
         return self.lm_head(self.decoder.decode(self.embed_tokens(ids), rows))
 
     def embed_semantic(
-        self, sequence: PackedSequence, pixel_values: Tensor | None, image_grid_thw: Tensor | None
+        self,
+        sequence: PackedSequence,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor | None,
+        views: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """Text and marker embeddings with the merged image tokens in their slots, and a tower's deep-stack features.
 
@@ -171,9 +192,24 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
                 f"pixel_values give {merged.shape[0]} image tokens; "
                 f"the sequence has {sequence.image_slots.shape[0]} slots"
             )
+        if image_grid_thw is not None:
+            merged = self._fused(merged, sequence, image_grid_thw, views)
         slots, zeros = sequence.image_slots, torch.zeros_like(embeddings)
         added = [zeros.index_copy(0, slots, features.to(zeros.dtype)) for features in deepstack]
         return embeddings.index_copy(0, slots, merged.to(embeddings.dtype)), added
+
+    def _fused(self, merged: Tensor, sequence: PackedSequence, grid_thw: Tensor, views: Sequence[Tensor]) -> Tensor:
+        """Image tokens (V, D) of a pack after fusion with given geometry tokens, or else with the model's own."""
+        config = self.config.fusion
+        if config is None:
+            return merged
+        sizes = frame_sizes(grid_thw, self.config.semantic_encoder.merge_size)
+        frames = self.given_frames.take(len(sizes))
+        if frames is None and config.source == "given":
+            raise ValueError("the config says that geometry tokens are given: with model.given_frames.use(frames): ...")
+        if frames is None:
+            frames = own_frames(self, config, sequence, views, sizes)
+        return fuse_frames(self.fusion, merged, sizes, frames)
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> TowerOutput:
         """Patches (n, 6 * patch_size^2) of images and videos with grids (images, 3) -> the tower's features."""

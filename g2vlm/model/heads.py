@@ -111,9 +111,13 @@ class FrameDecoder(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(F, P, D) -> (F, P, C)."""
+        return self.output(self.features(x, cos, sin))
+
+    def features(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What the projection reads: (F, P, D) -> (F, P, D)."""
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.output(x)
+        return x
 
 
 class ContextDecoder(nn.Module):
@@ -223,6 +227,11 @@ class GeometryHeads(nn.Module):
             global_points=None if context is None else self._global_points(hidden, context, cos, sin, grid),
             confidence=confidence,
         )
+
+    def camera_features(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The camera decoder's features of views of one grid, in the decoder's width: (F, P, D) -> (F, P, D)."""
+        cos, sin = grid_rope_table(*grid, self.rotary_dim, self.config.rope_base, device=hidden.device)
+        return self.camera_decoder.features(hidden, cos, sin)
 
     def _normals(self, features: Tensor, local_points: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.config.normals == "learned":

@@ -53,10 +53,11 @@ def possible_config(source: object) -> Iterator[None]:
 
 def _wrong_types(config: G2VLMConfig) -> list[str]:
     """Values of the config's parts whose type is not the default's; a whole number may stand for a float."""
-    parts = ("decoder", "semantic_encoder", "geometry_encoder", "heads", "tokens")
+    parts = ("decoder", "semantic_encoder", "geometry_encoder", "heads", "tokens", "fusion")
     return [
         f"{part}.{field.name} is {value!r}, not of type {type(field.default).__name__}"
         for part in parts
+        if getattr(config, part) is not None
         for field in fields(getattr(config, part))
         for value in [getattr(getattr(config, part), field.name)]
         if type(value) is not type(field.default) and not (type(value) is int and isinstance(field.default, float))

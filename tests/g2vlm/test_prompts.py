@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from g2vlm.errors import CheckpointError
-from g2vlm.prompts import EMBEDDED, SPECIAL_TOKENS, SYSTEM, ChatTokenizer, chat_segments
+from g2vlm.errors import CheckpointError, InputError
+from g2vlm.prompts import EMBEDDED, SPECIAL_TOKENS, SYSTEM, VIDEO_PROMPTS, ChatTokenizer, chat_segments
 from g2vlm.sequence import GeometryViews, SemanticImage, SemanticVideo, Text
 
 VIEWS, IMAGE = GeometryViews(((4, 5), (4, 5))), SemanticImage((4, 8))
@@ -121,3 +121,18 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     (damaged / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(CheckpointError, match="unreadable tokenizer"):
         ChatTokenizer.open(damaged)
+
+
+def test_a_question_about_a_video_says_when_its_frames_were_taken() -> None:
+    timed = VIDEO_PROMPTS["timed"]("How many chairs?", 12.0, (0, 3.996, 11.5))
+    assert timed == (
+        "The video lasts for 12.00 seconds, and 3 frames are uniformly sampled from it. These frames are located at "
+        "0.00s,4.00s,11.50s.Please answer the following questions related to this video.\nHow many chairs?"
+    )
+    assert VIDEO_PROMPTS["plain"]("How many chairs?", 12.0, (0, 4)) == "How many chairs?"
+
+
+@pytest.mark.parametrize("times", [(), (2, 1), (-1, 2), (0, 13)])
+def test_times_rise_within_the_video(times: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="cannot say when the frames were taken"):
+        VIDEO_PROMPTS["timed"]("How many chairs?", 12.0, times)
