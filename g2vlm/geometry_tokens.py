@@ -248,7 +248,8 @@ def own_frames(
         sizes: image tokens of every frame of the pack.
 
     Raises:
-        ValueError: images that continue cached tokens; a sample whose images and views do not pair.
+        ValueError: images that continue cached tokens.
+        InputError: a sample whose images and views do not pair.
     """
     if sequence.num_keys > sequence.num_tokens:
         raise ValueError("images that continue a cache were not given the geometry tokens of its views")
@@ -260,7 +261,11 @@ def own_frames(
     paired: list[Tensor | None] = []
     for sample, (count, own) in enumerate(zip(_frames_of_samples(sequence, sizes), frames, strict=True)):
         if count and own and count != len(own):
-            raise ValueError(f"sample {sample} has {count} images and {len(own)} views; fusion pairs them one by one")
+            raise InputError(
+                f"sample {sample} has {count} images and {len(own)} views",
+                "the model's fusion pairs them one by one",
+                "give as many views as images, or no views",
+            )
         paired += own[:count] or [None] * count
     return paired
 

@@ -185,7 +185,7 @@ def test_images_without_views_stay_as_they_are() -> None:
 
 
 def test_images_and_views_must_pair() -> None:
-    with pytest.raises(ValueError, match="sample 0 has 2 images and 3 views"):
+    with pytest.raises(InputError, match="sample 0 has 2 images and 3 views"):
         hidden_of(fused(), [CHATS["chat"]])
 
 
