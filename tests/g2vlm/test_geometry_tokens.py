@@ -14,6 +14,7 @@ from g2vlm.checkpoint import load_model, random_model, save_model
 from g2vlm.config import G2VLMConfig
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.fusion_config import FusionConfig
+from g2vlm.generation import prefill
 from g2vlm.geometry_tokens import Clip, GeometricExpert, GeometryTokens, KeptTokens, SomeTokens, expert_tokens
 from g2vlm.images import from_memory
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
@@ -187,6 +188,24 @@ def test_images_without_views_stay_as_they_are() -> None:
 def test_images_and_views_must_pair() -> None:
     with pytest.raises(InputError, match="sample 0 has 2 images and 3 views"):
         hidden_of(fused(), [CHATS["chat"]])
+
+
+def test_images_behind_cached_views_must_be_given_their_tokens() -> None:
+    """In two forwards the same as in one, and never unfused in silence."""
+    model = fused()
+    pixels = pack_inputs([ASKED])
+    images = {name: pixels[name] for name in ("pixel_values", "image_grid_thw")}
+    seen = prefill(model, ASKED[:2], pixels["views"])
+    with pytest.raises(ValueError, match="images that continue a cache"):
+        prefill(model, ASKED[2:], **images, after=seen)
+    (clip,) = expert_tokens(model, pixels["views"])
+    with model.given_frames.use(clip.frames("frame")):
+        both = prefill(model, ASKED[2:], **images, after=seen)
+    whole = prefill(model, ASKED, **pixels)
+    for one, other in zip(both.cache.layers, whole.cache.layers, strict=True):
+        assert one.values is not None
+        assert other.values is not None
+        torch.testing.assert_close(one.values[-2:], other.values[-2:])
 
 
 def test_given_tokens_take_the_place_of_the_own() -> None:
