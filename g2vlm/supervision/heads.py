@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from g2vlm.model.layers import RMSNorm
 from g2vlm.supervision.activations import Activation, identity, inverse_log
 from g2vlm.supervision.dense_head import DEFAULT_WIDTHS, DensePrediction, DPTHead, DPTWidths
+from geometry.losses.features import resize_to_grid
 
 
 class TokenMLP(nn.Module):
@@ -93,9 +94,7 @@ class FeatureAlignmentHead(nn.Module):
 
         Both grids cover the same image: cell borders coincide, not corner centres.
         """
-        maps = tokens.reshape(-1, *tokens.shape[-3:]).permute(0, 3, 1, 2)  # (F, d, h, w)
-        resized = F.interpolate(maps.float(), size=grid, mode="bilinear", align_corners=False)
-        return self.mlp(resized.permute(0, 2, 3, 1).reshape(*tokens.shape[:-3], *grid, tokens.shape[-1]))
+        return self.mlp(resize_to_grid(tokens, grid))
 
 
 class CorrespondenceHead(nn.Module):
