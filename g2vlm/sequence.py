@@ -72,6 +72,7 @@ class SemanticImage:
     Args:
         grid: (rows, columns) in patches, before merging.
         merge: side of the square of patches that becomes one token.
+        probes: tokens after the last merged one, with its positions, whose embeddings the caller puts in.
 
     Raises:
         ValueError: an empty grid, or one that `merge` does not divide.
@@ -79,6 +80,7 @@ class SemanticImage:
 
     grid: Grid
     merge: int = 2
+    probes: int = 0
 
     def __post_init__(self) -> None:
         _check_grid("SemanticImage.grid", self.grid, self.merge)
@@ -95,19 +97,24 @@ class SemanticVideo:
         grid: (rows, columns) of each step in patches, before merging.
         times: temporal position of every step, counted from the video's first; see `VisionTowerConfig.video_times`.
         merge: side of the square of patches that becomes one token.
+        probes: as in `SemanticImage`, for every step; empty for none.
 
     Raises:
-        ValueError: an empty grid, one that `merge` does not divide, no steps, or times that fall.
+        ValueError: an empty grid, one that `merge` does not divide, no steps, times that fall, or another number of
+            `probes` than steps.
     """
 
     grid: Grid
     times: tuple[int, ...]
     merge: int = 2
+    probes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_grid("SemanticVideo.grid", self.grid, self.merge)
         if not self.times or self.times[0] < 0 or list(self.times) != sorted(self.times):
             raise ValueError(f"SemanticVideo.times is {self.times}; it must hold rising positions from 0")
+        if len(self.probes) not in (0, len(self.times)):
+            raise ValueError(f"SemanticVideo.probes is {self.probes} for {len(self.times)} steps")
 
 
 Segment = Text | GeometryViews | SemanticImage | SemanticVideo
@@ -120,8 +127,15 @@ def segment_length(segment: Segment) -> int:
         return len(segment.ids) + segment.supervised
     if isinstance(segment, GeometryViews):
         return sum(math.prod(grid) + 2 for grid in segment.grids)
-    steps = len(segment.times) if isinstance(segment, SemanticVideo) else 1
-    return steps * math.prod(segment.grid) // segment.merge**2 + 2
+    times, probes = _steps(segment)
+    return len(times) * math.prod(segment.grid) // segment.merge**2 + sum(probes) + 2
+
+
+def _steps(segment: SemanticImage | SemanticVideo) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Time and number of probe tokens of every step."""
+    if isinstance(segment, SemanticImage):
+        return (0,), (segment.probes,)
+    return segment.times, segment.probes or (0,) * len(segment.times)
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,7 @@ class PackedSequence:
         num_geometry: G; the first G rows of the layout are geometry tokens, view after view, patches row by row.
         semantic_ids: (U,) token ids; image slots hold `FILLER_ID`.
         image_slots: (V,) indices into the semantic part that take the merged image tokens, in order.
+        probe_slots: indices into the semantic part of the probe tokens, in order.
         position_ids: (3, S) temporal, row and column position of every token; each sample starts at 0, or where the one
             that it continues stopped.
         plan: who attends to whom, in expert layout, after the cached keys.
@@ -167,6 +182,7 @@ class PackedSequence:
     num_geometry: int
     semantic_ids: Tensor
     image_slots: Tensor
+    probe_slots: Tensor
     position_ids: Tensor
     plan: AttnPlan
     splits: SplitLayout
@@ -302,8 +318,7 @@ class SequenceBuilder:
             draft.add_split("causal", [self._text_run(segment, draft.position)])
         elif isinstance(segment, SemanticImage | SemanticVideo):
             merged = (segment.grid[0] // segment.merge, segment.grid[1] // segment.merge)
-            times = segment.times if isinstance(segment, SemanticVideo) else (0,)
-            draft.add_split(self.semantic_image_attention, self._wrapped("image", merged, draft.position, times))
+            draft.add_split(self.semantic_image_attention, self._image(merged, draft.position, *_steps(segment)))
         else:
             self._add_views(draft, segment)
 
@@ -313,7 +328,7 @@ class SequenceBuilder:
             bases = [draft.position] * len(segment.grids)
         else:
             bases = accumulate((max(grid) + 2 for grid in segment.grids[:-1]), initial=draft.position)
-        views = [self._wrapped("geometry", grid, base) for grid, base in zip(segment.grids, bases, strict=True)]
+        views = [self._view(grid, base) for grid, base in zip(segment.grids, bases, strict=True)]
         if self.geometry_attention == "global":
             draft.add_split("full", [run for runs in views for run in runs])
         else:
@@ -327,13 +342,28 @@ class SequenceBuilder:
         labels, weight = (*ids[1:], IGNORED), 1 / math.sqrt(len(text.ids))
         return _Run("text", ids, text_positions(base, len(ids)), labels, weight)
 
-    def _wrapped(self, kind: "_Kind", grid: Grid, base: int, times: Sequence[int] = (0,)) -> list["_Run"]:
-        """Start marker, one token per time and grid cell, end marker."""
-        end = base + 1 + max(*grid, times[-1] + 1)
+    def _view(self, grid: Grid, base: int) -> list["_Run"]:
+        """Start marker, one token per grid cell, end marker."""
+        cells = _Run("geometry", (FILLER_ID,) * math.prod(grid), grid_positions(base + 1, *grid))
+        return self._wrapped([cells], base, max(grid))
+
+    def _image(self, grid: Grid, base: int, times: Sequence[int], probes: Sequence[int]) -> list["_Run"]:
+        """Start marker, per time one token per grid cell and then the probe tokens, end marker."""
+        runs = []
+        for time, count in zip(times, probes, strict=True):
+            positions = grid_positions(base + 1, *grid, (time,))
+            runs.append(_Run("image", (FILLER_ID,) * math.prod(grid), positions))
+            if count:
+                runs.append(_Run("probe", (FILLER_ID,) * count, positions[:, -1:].expand(-1, count)))
+        return self._wrapped(runs, base, max(*grid, times[-1] + 1))
+
+    def _wrapped(self, runs: list["_Run"], base: int, extent: int) -> list["_Run"]:
+        """Runs between the markers; `extent` is how many positions they span."""
+        start, end = text_positions(base, 1), text_positions(base + 1 + extent, 1)
         return [
-            _Run("text", (self.special.vision_start,), text_positions(base, 1)),
-            _Run(kind, (FILLER_ID,) * (len(times) * math.prod(grid)), grid_positions(base + 1, *grid, times)),
-            _Run("text", (self.special.vision_end,), text_positions(end, 1)),
+            _Run("text", (self.special.vision_start,), start),
+            *runs,
+            _Run("text", (self.special.vision_end,), end),
         ]
 
 
@@ -350,7 +380,7 @@ def grid_positions(base: int, rows: int, columns: int, times: Sequence[int] = (0
     return base + torch.cartesian_prod(torch.tensor(times), torch.arange(rows), torch.arange(columns)).T
 
 
-_Kind = Literal["text", "image", "geometry"]
+_Kind = Literal["text", "image", "geometry", "probe"]
 
 
 class _Run(NamedTuple):
@@ -413,6 +443,7 @@ class _Draft:
         lengths = torch.tensor([len(run.ids) for run in self.runs], dtype=torch.long)
         is_geometry = _per_token([run.kind == "geometry" for run in self.runs], lengths, torch.bool)
         is_image = _per_token([run.kind == "image" for run in self.runs], lengths, torch.bool)
+        is_probe = _per_token([run.kind == "probe" for run in self.runs], lengths, torch.bool)
         inverse_order = torch.argsort(is_geometry.logical_not().byte(), stable=True)
         layout = self._layout()
         semantic = inverse_order[layout.num_geometry :]
@@ -425,6 +456,7 @@ class _Draft:
             num_geometry=layout.num_geometry,
             semantic_ids=ids[semantic],
             image_slots=is_image[semantic].nonzero().flatten(),
+            probe_slots=is_probe[semantic].nonzero().flatten(),
             position_ids=positions[:, inverse_order],
             plan=layout.plan(),
             splits=layout,

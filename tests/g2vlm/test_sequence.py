@@ -250,7 +250,7 @@ def test_to_moves_every_tensor() -> None:
     moved = BUILDERS["global-full"].build([CHAT]).to("meta")
     tensors = {name: value for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
     assert {value.device.type for value in tensors.values()} == {"meta"}
-    assert len(tensors) == 7
+    assert len(tensors) == 8
     assert moved.plan == BUILDERS["global-full"].build([CHAT]).plan
 
 

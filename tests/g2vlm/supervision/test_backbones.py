@@ -1,0 +1,498 @@
+"""Every backbone gives what its model computes, whatever the family, and changes nothing that nobody asked for."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from g2vlm.model import decoder as our_decoder
+from g2vlm.sequence import SemanticVideo, SequenceBuilder, segment_length
+from g2vlm.supervision.backbones import Probes, Taps, backbone_of, clip, split_frames
+from g2vlm.supervision.backbones.g2vlm import with_probes
+from g2vlm.supervision.backbones.recorder import Recorder
+from tests.g2vlm.packs import CHAT, IMAGES, SPECIAL, TEXT
+from tests.g2vlm.supervision.vlms import FAMILIES, OURS, STOCK, Family
+from train.trainable import checkpoint_activations
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+stock_families = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.name in STOCK], ids=lambda family: family.name
+)
+
+
+def close(left: Tensor, right: Tensor) -> None:
+    torch.testing.assert_close(left, right, atol=2e-5 * max(1.0, right.abs().max().item()), rtol=0)
+
+
+def probes_for(width: int, camera: bool = True, scale: bool = True, dtype: Any = torch.float32) -> Probes:
+    generator = torch.Generator().manual_seed(7)
+    embeddings = torch.randn(3, width, generator=generator, dtype=dtype)
+    return Probes(embeddings[:2] if camera else None, embeddings[2] if scale else None)
+
+
+def its_probes(family: Family, backbone: Any, camera: bool = True, scale: bool = True) -> Probes:
+    dtype = torch.float64 if family.name in OURS else torch.float32
+    return probes_for(backbone.width, camera, scale, dtype)
+
+
+def every_layer(backbone: Any, **more: Any) -> Taps:
+    return Taps(tuple(range(backbone.num_layers + 1)), True, tuple(range(1, backbone.num_layers + 1)), **more)
+
+
+def the_models_own(family: Family, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Logits of the model's own forward at every token."""
+    if family.name in OURS:
+        return model(**inputs, logits_at=torch.arange(len(inputs["sequence"].semantic_ids))).logits
+    return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+
+
+@families
+@torch.no_grad()
+def test_logits_are_the_models_own_to_the_bit(family: Family) -> None:
+    model = family.model()
+    backbone = backbone_of(model)
+    inputs = family.inputs(family.samples)
+    before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+    expected = the_models_own(family, model, inputs)
+    assert torch.equal(backbone(inputs, every_layer(backbone)).logits, expected)
+    assert torch.equal(backbone(inputs).logits, expected)
+    assert all(torch.equal(inputs[name], value) for name, value in before.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@stock_families
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@torch.no_grad()
+def test_hidden_states_are_the_librarys(family: Family, left: bool) -> None:
+    """At the placeholders; the last one after the norm, and before it on request."""
+    model = family.model()
+    backbone = backbone_of(model)
+    inputs = family.inputs(family.samples, left)
+    tapped = backbone(inputs, every_layer(backbone))
+    known = {name: value for name, value in inputs.items() if name != "labels"}
+    expected = model(**known, output_hidden_states=True).hidden_states
+    assert backbone.num_layers == len(expected) - 1
+    assert backbone.width == expected[0].shape[-1]
+    assert tapped.frames == tuple(sample.grids for sample in family.samples)
+    visual = torch.isin(inputs["input_ids"], torch.tensor(list(backbone.media(inputs))))  # pyright: ignore
+    for layer, states in enumerate(expected):
+        for sample, own in enumerate(tapped.hidden[layer]):
+            shown = states[sample][visual[sample]]
+            assert torch.equal(own, shown[: len(own)])
+            assert len(own) <= len(shown) <= len(own) + 1
+    assert tapped.raw_last is not None
+    norm = model.get_decoder().norm
+    for raw, last in zip(tapped.raw_last, tapped.hidden[backbone.num_layers], strict=True):
+        assert not torch.equal(raw, last)
+        close(norm(raw), last)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in OURS], ids=lambda family: family.name)
+@torch.no_grad()
+def test_hidden_states_of_our_model(family: Family) -> None:
+    """Those of the semantic stream at the image slots, layer by layer."""
+    model = family.model()
+    backbone = backbone_of(model)
+    inputs = family.inputs(family.samples)
+    sequence = inputs["sequence"]
+    tapped = backbone(inputs, every_layer(backbone))
+    stream, added = model.embed_semantic(sequence, inputs["pixel_values"], inputs["image_grid_thw"])
+    geometry = model.embed_views(inputs["views"])
+    cos, sin = model.decoder._rotary(sequence.position_ids)
+    expected = [stream]
+    for i, layer in enumerate(model.decoder.layers):
+        geometry, stream = layer(geometry, stream, cos, sin, sequence.plan, None)
+        expected.append(stream)
+        stream = stream + added[i] if i < len(added) else stream
+    for layer, states in enumerate(expected[:-1]):
+        assert torch.equal(torch.cat(tapped.hidden[layer]), states[sequence.image_slots])
+    last = torch.cat(tapped.hidden[backbone.num_layers])
+    assert torch.equal(last, model.decoder.semantic_norm(stream[sequence.image_slots]))
+    assert torch.equal(torch.cat(tapped.raw_last or ()), expected[-1][sequence.image_slots])
+    assert [len(own) for own in tapped.hidden[0]] == [sum(h * w for h, w in own.grids) for own in family.samples]
+
+
+@families
+@torch.no_grad()
+def test_a_batch_gives_what_its_samples_give(family: Family) -> None:
+    """With probe tokens, of different numbers, and padding on either side."""
+    backbone = backbone_of(family.model())
+    taps = every_layer(backbone, probes=its_probes(family, backbone))
+    alone = [backbone(family.inputs([sample], probes=(True, True)), taps) for sample in family.samples]
+    for left in (False, True):
+        together = backbone(family.inputs(family.samples, left, (True, True)), taps)
+        assert together.frames == tuple(own.frames[0] for own in alone)
+        for i, own in enumerate(alone):
+            for layer in taps.hidden:
+                close(together.hidden[layer][i], own.hidden[layer][0])
+            for block in taps.attention:
+                for kind in (0, 1):
+                    close(together.queries[block][kind][i], own.queries[block][kind][0])
+                    close(together.keys[block][kind][i], own.keys[block][kind][0])
+            assert together.camera is not None
+            assert own.camera is not None
+            assert together.scale is not None
+            assert own.scale is not None
+            close(together.camera[i], own.camera[0])
+            close(together.scale[i], own.scale[0])
+            assert own.camera[0].shape == (len(own.frames[0]), backbone.width)
+            assert own.scale[0].shape == (1, backbone.width)
+
+
+@families
+@torch.no_grad()
+def test_probes_do_not_change_what_precedes_them(family: Family) -> None:
+    """Logits up to a frame's last patch; our own images are seen whole, so there up to the first image."""
+    model = family.model()
+    backbone = backbone_of(model)
+    probes = its_probes(family, backbone)
+    for sample in family.samples:
+        inputs = family.inputs([sample])
+        plain = backbone(inputs).logits.flatten(0, -2)
+        probed = backbone(family.inputs([sample], probes=(True, True)), Taps(probes=probes)).logits.flatten(0, -2)
+        assert len(probed) == len(plain) + len(sample.grids) + 1
+        if family.name in OURS:
+            first = int(inputs["sequence"].image_slots[0]) - (family.name == "ours")
+        else:
+            first = int(backbone.locate(inputs).last_patches(0)[0]) + 1  # pyright: ignore
+        close(probed[:first], plain[:first])
+        assert (probed[-1] - plain[-1]).abs().max() > 1e-3
+
+
+@families
+@pytest.mark.parametrize(("camera", "scale"), [(True, True), (True, False), (False, True)])
+@torch.no_grad()
+def test_probe_embeddings_reach_their_places(family: Family, camera: bool, scale: bool) -> None:
+    """Row by row: the first frame's camera token, the later ones', the scale token last."""
+    model = family.model()
+    backbone = backbone_of(model)
+    probes = its_probes(family, backbone, camera, scale)
+    inputs = family.inputs(family.samples, probes=(camera, scale))
+    first_block = model.decoder.layers[0] if family.name in OURS else model.get_decoder().layers[0]
+    with Recorder() as recorder:
+        recorder.keep_inputs(first_block)
+        tapped = backbone(inputs, Taps((0,), probes=probes))
+        stream = recorder.argument(first_block, 1 if family.name in OURS else 0, "hidden_states")
+    expected = [
+        row
+        for sample in family.samples
+        for row in [
+            *([probes.camera[min(i, 1)] for i in range(len(sample.grids))] if probes.camera is not None else []),
+            *([probes.scale] if probes.scale is not None else []),
+        ]
+    ]
+    rows = stream.flatten(0, -2)
+    at = [(rows == row).all(-1).nonzero().flatten().tolist() for row in expected]
+    assert all(at)
+    lengths = [len(own) for own in tapped.hidden[0]]
+    counts = [len(sample.grids) * camera + scale for sample in family.samples]
+    places = sorted({place for own in at for place in own})
+    assert [int(torch.equal(rows[place], row)) for place, row in zip(places, expected, strict=True)] == [1] * sum(
+        counts
+    )
+    for place, own, sample in zip(_starts(places, counts), tapped.hidden[0], family.samples, strict=True):
+        last = own[-1] if not camera else split_frames(own, sample.grids)[0][-1, -1]
+        assert torch.equal(rows[place - 1], last)
+    assert lengths == [sum(h * w for h, w in sample.grids) for sample in family.samples]
+    assert (tapped.camera is None) == (not camera)
+    assert (tapped.scale is None) == (not scale)
+
+
+def _starts(places: list[int], counts: list[int]) -> list[int]:
+    """The first place of every sample's probe tokens."""
+    return [places[sum(counts[:i])] for i in range(len(counts))]
+
+
+@stock_families
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize(("camera", "scale"), [(True, True), (True, False), (False, True)])
+@torch.no_grad()
+def test_positions_of_probes(family: Family, left: bool, camera: bool, scale: bool) -> None:
+    """Those of the patch before them; every other token keeps its own, and its label; twice is once."""
+    backbone: Any = backbone_of(family.model())
+    probes = its_probes(family, backbone, camera, scale)
+    inputs = family.inputs(family.samples, left)
+    original = backbone.positions(inputs)
+    mask = inputs["attention_mask"]
+    expanded, visual = backbone.with_probes(inputs, probes)
+    for i, sample in enumerate(family.samples):
+        counts = [int(camera)] * len(sample.grids)
+        counts[-1] += scale
+        assert len(visual.probes[i]) == sum(counts)
+        attended = expanded["attention_mask"][i].bool()
+        keep = attended.clone()
+        keep[visual.probes[i]] = False
+        own = torch.ones_like(inputs["input_ids"][i]).bool() if mask is None else mask[i].bool()
+        for name in ("input_ids", "labels", "mm_token_type_ids"):
+            if name in inputs:
+                assert torch.equal(expanded[name][i][keep], inputs[name][i][own])
+        positions = expanded["position_ids"][..., i, :]
+        assert torch.equal(positions[..., keep], original[..., i, own])
+        assert (expanded["labels"][i, visual.probes[i]] == -100).all()
+        lasts = visual.last_patches(i)
+        owners = lasts.repeat_interleave(torch.tensor(counts))
+        assert torch.equal(positions[..., visual.probes[i]], positions[..., owners])
+        following = [last + 1 + k for last, count in zip(lasts.tolist(), counts, strict=True) for k in range(count)]
+        assert visual.probes[i].tolist() == following
+        assert torch.equal(inputs["input_ids"][i][own].sort().values, expanded["input_ids"][i][keep].sort().values)
+    again, same = backbone.with_probes(expanded, probes)
+    assert again.keys() == expanded.keys()
+    assert all(torch.equal(again[name], expanded[name]) for name in again if isinstance(again[name], Tensor))
+    assert all(map(torch.equal, same.probes, visual.probes))
+    with pytest.raises(ValueError, match="position_ids"):
+        backbone.with_probes({**expanded, "position_ids": None}, probes)
+
+
+@pytest.mark.parametrize(("camera", "scale"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in OURS], ids=lambda family: family.name)
+def test_probes_in_our_sequences(family: Family, camera: bool, scale: bool) -> None:
+    """They lie in the split of their image with its last position; without them the sequence is the old one."""
+    plain = family.inputs(family.samples)["sequence"]
+    sequence = family.inputs(family.samples, probes=(camera, scale))["sequence"]
+    count = sum(len(sample.grids) * camera + scale for sample in family.samples)
+    assert len(sequence.probe_slots) == count
+    assert len(plain.probe_slots) == 0
+    assert sequence.next_positions == plain.next_positions
+    kept = torch.ones(sequence.num_tokens).bool()
+    kept[sequence.probe_slots + sequence.num_geometry] = False
+    assert torch.equal(sequence.position_ids[:, kept], plain.position_ids)
+    semantic = kept[sequence.num_geometry :]
+    assert torch.equal(sequence.labels[semantic], plain.labels)
+    assert torch.equal(sequence.semantic_ids[semantic], plain.semantic_ids)
+    assert (sequence.labels[~semantic] == -100).all()
+    seen = sequence.plan.mask()
+    for slot in (sequence.probe_slots + sequence.num_geometry).tolist():
+        assert torch.equal(sequence.position_ids[:, slot], sequence.position_ids[:, slot - 1])
+        assert seen[slot, slot - 1]
+        assert bool(seen[slot - 1, slot]) == (family.name == "ours")
+    assert torch.equal(seen[kept][:, kept], plain.plan.mask())
+    again = [with_probes(with_probes(own, camera, scale), camera, scale) for own in ([*CHAT], [*IMAGES])]
+    assert again == [with_probes(own, camera, scale) for own in (CHAT, IMAGES)]
+
+
+def test_probes_of_samples_without_images() -> None:
+    assert with_probes(TEXT, camera=True, scale=True) == TEXT
+
+
+def test_probes_count_as_tokens() -> None:
+    video = [SemanticVideo((4, 2), times=(0, 1, 3))]
+    for sample in (CHAT, IMAGES, video):
+        segments = with_probes(sample, camera=True, scale=True)
+        lengths = [segment_length(segment) for segment in segments]
+        assert SequenceBuilder(SPECIAL).build([segments]).num_tokens == sum(lengths)
+    assert sum(map(segment_length, with_probes(video, camera=True, scale=True))) == segment_length(video[0]) + 4
+    with pytest.raises(ValueError, match=r"probes is \(1, 1\) for 3 steps"):
+        replace(video[0], probes=(1, 1))
+
+
+@pytest.mark.parametrize("built", [None, (True, False)])
+def test_our_sequences_hold_the_probes_that_are_asked_for(built: tuple[bool, bool] | None) -> None:
+    family = next(family for family in FAMILIES if family.name == "ours")
+    backbone = backbone_of(family.model())
+    inputs = family.inputs(family.samples, probes=built)
+    with pytest.raises(ValueError, match="probe tokens, the taps ask for"):
+        backbone(inputs, Taps(probes=its_probes(family, backbone)))
+    if built:
+        with pytest.raises(ValueError, match="probe tokens, the taps ask for 0"):
+            backbone(inputs)
+
+
+@stock_families
+@torch.no_grad()
+def test_scores_of_queries_and_keys_are_the_eager_attentions(family: Family) -> None:
+    """Over the keys that a query sees, log probabilities differ as scores do; before rotation, by query_projection."""
+    model = family.model()
+    model.set_attn_implementation("eager")
+    backbone = backbone_of(model)
+    for sample in family.samples:
+        inputs = family.inputs([sample])
+        tapped = backbone(inputs, every_layer(backbone))
+        known = {name: value for name, value in inputs.items() if name != "labels"}
+        attentions = model(**known, output_attentions=True).attentions
+        places = backbone.locate(inputs).index[0]  # pyright: ignore
+        for block in range(1, backbone.num_layers + 1):
+            q, k = tapped.queries[block].after_rotary[0], tapped.keys[block].after_rotary[0]
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            scores = torch.einsum("inc,jnc->nij", q, k) / q.shape[-1] ** 0.5
+            seen = torch.ones(len(places), len(places)).tril().bool()
+            expected = attentions[block - 1][0][:, places][:, :, places]
+            ours = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            torch.testing.assert_close(ours, expected / expected.sum(-1, keepdim=True), atol=1e-4, rtol=1e-3)
+            assert not torch.equal(q, tapped.queries[block].before_rotary[0])
+
+
+@families
+@torch.no_grad()
+def test_query_projection_gives_the_queries(family: Family) -> None:
+    model = family.model()
+    backbone = backbone_of(model)
+    inputs = family.inputs(family.samples[:1])
+    blocks = (1, backbone.num_layers)
+    stream = [model.decoder.layers[b - 1].semantic.input_norm if family.name in OURS
+              else model.get_decoder().layers[b - 1].input_layernorm for b in blocks]  # fmt: skip
+    with Recorder() as recorder:
+        for norm in stream:
+            recorder.keep_inputs(norm)
+        tapped = backbone(inputs, Taps(attention=blocks))
+        given = [recorder.argument(norm, 0, "x") for norm in stream]
+    for block, x in zip(blocks, given, strict=True):
+        own = backbone.query_projection(block)
+        rows = x[inputs["sequence"].image_slots] if family.name in OURS else x[0][backbone.locate(inputs).index[0]]  # pyright: ignore
+        projected = nn.functional.linear(own.input_norm(rows), own.weight, own.bias)
+        heads = tapped.queries[block].before_rotary[0]
+        projected = projected.unflatten(-1, heads.shape[-2:])
+        if family.name in OURS:
+            projected = model.decoder.layers[block - 1].semantic.attention.q_norm(projected)
+        elif hasattr(model.get_decoder().layers[block - 1].self_attn, "q_norm"):
+            projected = model.get_decoder().layers[block - 1].self_attn.q_norm(projected)
+        close(projected, heads)
+        assert not own.weight.requires_grad
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in OURS], ids=lambda family: family.name)
+@torch.no_grad()
+def test_queries_and_keys_of_our_model(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the shared attention is given."""
+    model = family.model()
+    backbone = backbone_of(model)
+    inputs = family.inputs(family.samples)
+    given = []
+    attend = our_decoder.attend
+    monkeypatch.setattr(our_decoder, "attend", lambda q, k, *a, **b: (given.append((q, k)), attend(q, k, *a, **b))[1])
+    tapped = backbone(inputs, every_layer(backbone))
+    slots = inputs["sequence"].image_slots + inputs["sequence"].num_geometry
+    for block, (q, k) in enumerate(given, start=1):
+        assert torch.equal(torch.cat(tapped.queries[block].after_rotary), q[slots])
+        assert torch.equal(torch.cat(tapped.keys[block].after_rotary), k[slots])
+
+
+def trained_like(family: Family) -> tuple[Any, Any]:
+    """A fresh copy of a family's model with a frozen vision tower, and its backbone."""
+    model = copy.deepcopy(family.model()).train()
+    model.requires_grad_(True)
+    for parameter in tower(family, model).parameters():
+        parameter.requires_grad_(False)
+    return model, backbone_of(model)
+
+
+def tower(family: Family, model: Any) -> nn.Module:
+    if family.name in OURS:
+        return model.semantic_encoder
+    core = model.model
+    return core.visual if hasattr(core, "visual") else core.vision_tower
+
+
+def objective(tapped: Any, head: nn.Linear) -> Tensor:
+    """Two layers, the probe tokens and the words."""
+    states = [torch.cat(own) for own in tapped.hidden.values()]
+    states += [torch.cat(tapped.camera), torch.cat(tapped.scale)]
+    geometric = sum((head(own) - 1).square().mean() for own in states)
+    targets = tapped.targets
+    return geometric + cross_entropy(tapped.logits.flatten(0, -2), targets.flatten(), ignore_index=-100)
+
+
+@families
+def test_a_toy_training(family: Family) -> None:
+    model, backbone = trained_like(family)
+    dtype = torch.float64 if family.name in OURS else torch.float32
+    head = nn.Linear(backbone.width, 3, dtype=dtype)
+    given = its_probes(family, backbone)
+    assert given.camera is not None
+    assert given.scale is not None
+    camera, scale = nn.Parameter(given.camera * 0.1), nn.Parameter(given.scale * 0.1)
+    inputs = family.inputs(family.samples[:2], probes=(True, True))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam([*learned, *head.parameters(), camera, scale], lr=2e-3)
+    taps = Taps((1, backbone.num_layers), probes=Probes(camera, scale))
+    losses = []
+    for _ in range(20):
+        optimiser.zero_grad()
+        loss = objective(backbone(inputs, taps), head)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert camera.grad is not None
+    assert (camera.grad.abs().sum(-1) > 0).all()
+    assert scale.grad is not None
+    assert scale.grad.abs().sum() > 0
+    block = model.decoder.layers[0].semantic if family.name in OURS else model.get_decoder().layers[0]
+    assert all(parameter.grad is not None for parameter in block.parameters())
+    assert all(parameter.grad is None for parameter in tower(family, model).parameters())
+
+
+def recompute(family: Family, model: Any) -> None:
+    """Gradient checkpointing, under the name that the installed transformers has for it."""
+    if family.name in OURS:
+        checkpoint_activations(model)
+    else:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+@families
+def test_gradient_checkpointing_changes_no_gradient(family: Family) -> None:
+    """The taps' own gradient included, of hidden states and of what is inside a block."""
+    found = []
+    for recomputed in (False, True):
+        model, backbone = trained_like(family)
+        if recomputed:
+            recompute(family, model)
+        probes = its_probes(family, backbone)
+        tapped = backbone(family.inputs(family.samples, probes=(True, True)), every_layer(backbone, probes=probes))
+        own = [*tapped.hidden.values(), *(kind for heads in tapped.queries.values() for kind in heads)]
+        loss = sum(torch.cat(states).tanh().square().sum() for states in own) + tapped.logits.tanh().mean()
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        close(found[1][name], gradient)
+
+
+@families
+def test_what_cannot_be_answered_is_refused(family: Family) -> None:
+    backbone = backbone_of(family.model())
+    last = backbone.num_layers
+    inputs = family.inputs(family.samples[:1])
+    with pytest.raises(ValueError, match=rf"hidden asks for \[{last + 1}\].*0 to {last}"):
+        backbone(inputs, Taps((last + 1,)))
+    with pytest.raises(ValueError, match=r"attention asks for \[0\]"):
+        backbone(inputs, Taps(attention=(0,)))
+    with pytest.raises(ValueError, match="attention"):
+        backbone.query_projection(0)
+
+
+def test_unknown_models_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no backbone adapter for 'Linear'.*qwen2_vl"):
+        backbone_of(nn.Linear(2, 2))
+
+
+def test_taps_of_several_objectives_are_united() -> None:
+    probes = probes_for(4)
+    united = Taps((3, 1), attention=(2,)) | Taps((2, 3), raw_last=True, attention=(1, 2), probes=probes)
+    assert united == Taps((1, 2, 3), True, (1, 2), probes)
+    assert (united | Taps(probes=probes)).probes is probes
+    with pytest.raises(ValueError, match="one set"):
+        _ = united | Taps(probes=probes_for(4))
+
+
+def test_frames_of_flat_states() -> None:
+    grids = ((2, 3), (1, 2), (2, 3))
+    states = torch.arange(28.0).view(14, 2)
+    parts = split_frames(states, grids)
+    assert [part.shape for part in parts] == [(2, 3, 2), (1, 2, 2), (2, 3, 2)]
+    assert torch.equal(parts[2][1, 0], states[11])
+    assert clip(states[:12], (grids[0],) * 2).shape == (2, 2, 3, 2)
+    with pytest.raises(ValueError, match="one size"):
+        clip(states, grids)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"camera": torch.zeros(3, 4)}, {"camera": torch.zeros(4)}, {"scale": torch.zeros(1, 4)}]
+)
+def test_probes_have_their_shapes(arguments: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="Probes"):
+        Probes(**arguments)
