@@ -10,8 +10,8 @@ for the visual patch tokens alone, frame by frame (`Tapped`), whichever model co
 One grid of tokens is one physical frame; inputs in which it is not are refused.
 
 Adding a model of transformers: subclass `TransformersBackbone`, say which placeholders belong to which frames (`media`)
-and where the model puts them (`positions`), add it to `BACKBONES` and to the cases of
-tests/g2vlm/supervision/test_backbones.py, which hold the contract with its internals.
+and, if positions are more than the place in the row, what they are (`positions`); add it to `BACKBONES` and to the
+families of tests/g2vlm/supervision/vlms.py, whose tests hold the contract with its internals.
 """
 
 from typing import cast
@@ -29,6 +29,8 @@ from g2vlm.supervision.backbones.base import (
     split_frames,
 )
 from g2vlm.supervision.backbones.g2vlm import G2VLMBackbone
+from g2vlm.supervision.backbones.internvl import InternVLBackbone
+from g2vlm.supervision.backbones.llava import LlavaNextVideoBackbone, LlavaOnevisionBackbone
 from g2vlm.supervision.backbones.qwen import QwenBackbone
 
 BACKBONES: dict[str, type[nn.Module]] = {
@@ -36,6 +38,9 @@ BACKBONES: dict[str, type[nn.Module]] = {
     "qwen2_vl": QwenBackbone,
     "qwen2_5_vl": QwenBackbone,
     "qwen3_vl": QwenBackbone,
+    "llava_next_video": LlavaNextVideoBackbone,
+    "llava_onevision": LlavaOnevisionBackbone,
+    "internvl": InternVLBackbone,
 }
 """Adapter of every `config.model_type`."""
 

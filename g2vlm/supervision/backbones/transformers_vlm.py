@@ -68,9 +68,16 @@ class TransformersBackbone(nn.Module, ABC):
             ValueError: inputs in which one token grid is not one physical frame.
         """
 
-    @abstractmethod
     def positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The position ids (..., B, S) that the model would give a batch without probe tokens."""
+        """The position ids (..., B, S) that the model gives a batch without probe tokens: the place in the row.
+
+        Raises:
+            ValueError: flash attention, which in some releases takes a position that occurs twice for a new sequence.
+        """
+        if "flash" in str(self.decoder.config._attn_implementation):
+            raise ValueError("probe tokens share a position with a patch, which flash attention may misread; use sdpa")
+        ids: Tensor = inputs["input_ids"]
+        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
     def locate(self, inputs: Mapping[str, Any]) -> VisualTokens:
         """Where the visual patch tokens are, per sample.

@@ -7,18 +7,20 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from g2vlm.processing import sequence_builder
 from g2vlm.sequence import GeometryViews, Grid, SemanticImage, SemanticVideo, Text
 from g2vlm.supervision.backbones.g2vlm import with_probes
 from tests.g2vlm.chats import chat_model, deepstack_model
-from tests.g2vlm.stock import IMAGE, VIDEO, vision_model
+from tests.g2vlm.stock import IMAGE, TEXT, VIDEO, randomise, vision_model
 
 START, END, PADDING = 2, 3, 1
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 OURS = ("ours", "ours-causal", "ours-deepstack")
-STOCK = QWEN
+LLAVA = {"llava_next_video": "LlavaNextVideo", "llava_onevision": "LlavaOnevision"}
+STOCK = (*QWEN, *LLAVA, "internvl")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Family:
         name: of the family.
         grids: the sizes that frames can have.
         kinds: whether frames can be images (False) and steps of a video (True).
+        one_length: all videos of a batch have equally many frames.
     """
 
     name: str
     grids: tuple[Grid, ...]
     kinds: tuple[bool, ...]
+    one_length: bool = False
 
     @property
     def samples(self) -> list[Sample]:
@@ -51,7 +55,8 @@ class Family:
         found = []
         for video in self.kinds:
             several = self.grids[:1] * 3 if video else (self.grids * 3)[:3]
-            found += [Sample(several, video), Sample(self.grids[-1:], video, before=(25,), after=(40, 41))]
+            few = several if self.one_length else self.grids[-1:]
+            found += [Sample(several, video), Sample(few, video, before=(25,), after=(40, 41))]
         return found
 
     def model(self) -> Any:
@@ -125,6 +130,24 @@ def _qwen_inputs(family: str):
     return build
 
 
+def _square_inputs(family: str):
+    """Frames of 4 x 4 patches of 7 pixels, which become 2 x 2 tokens."""
+
+    def build(samples: Sequence[Sample], left: bool, _: Any) -> dict[str, Tensor]:
+        rows = []
+        for sample in samples:
+            shown = [START, *[VIDEO] * (4 * len(sample.grids)), *[VIDEO] * (family == "llava_onevision"), END]
+            if family == "internvl":
+                shown = [token for _ in sample.grids for token in (START, *[IMAGE] * 4, END, 51)]
+            rows.append([*sample.before, *shown, *sample.after])
+        frames = [random_pixels(len(sample.grids), 3, 28, 28 + len(sample.after))[..., :28] for sample in samples]
+        if family == "internvl":
+            return _padded(rows, left) | {"pixel_values": torch.cat(frames)}
+        return _padded(rows, left) | {"pixel_values_videos": torch.stack(frames)}
+
+    return build
+
+
 def _our_inputs(family: str):
     def build(samples: Sequence[Sample], _: bool, probes: tuple[bool, bool] | None) -> dict[str, Any]:
         packed, views, patches, grids = [], [], [], []
@@ -149,6 +172,31 @@ def _our_inputs(family: str):
     return build
 
 
+def _square_model(family: str) -> nn.Module:
+    """LLaVA or InternVL with the text model of its usual checkpoints."""
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    vision: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 7,
+    }  # fmt: skip
+    if family == "internvl":
+        vision |= {"image_size": [28, 28], "patch_size": [7, 7]}
+        config = transformers.InternVLConfig(
+            vision_config=vision, text_config=text | {"model_type": "qwen2"}, image_token_id=IMAGE, image_seq_length=4
+        )
+        return randomise(transformers.InternVLForConditionalGeneration(config))
+    kinds = {"llava_next_video": ("clip_vision_model", "llama"), "llava_onevision": ("siglip_vision_model", "qwen2")}
+    tower, decoder = kinds[family]
+    config = getattr(transformers, f"{LLAVA[family]}Config")(
+        vision_config=vision | {"model_type": tower, "vision_use_head": False},
+        text_config=text | {"model_type": decoder},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[28, 28]],
+    )
+    return randomise(getattr(transformers, f"{LLAVA[family]}ForConditionalGeneration")(config))
+
+
 @cache
 def _ours(family: str) -> nn.Module:
     return {
@@ -162,5 +210,9 @@ SIZES = ((2, 3), (1, 2), (2, 2))
 MODELS: dict[str, Any] = dict.fromkeys(QWEN, vision_model) | dict.fromkeys(OURS, _ours)
 INPUTS: dict[str, Any] = {family: _qwen_inputs(family) for family in QWEN}
 INPUTS |= {family: _our_inputs(family) for family in OURS}
+MODELS |= dict.fromkeys((*LLAVA, "internvl"), _square_model)
+INPUTS |= {family: _square_inputs(family) for family in (*LLAVA, "internvl")}
 FAMILIES = [Family(name, SIZES, (False, True)) for name in (*QWEN, "ours", "ours-causal")]
 FAMILIES += [Family("ours-deepstack", SIZES, (False,))]
+FAMILIES += [Family(name, SIZES[2:], (True,), one_length=True) for name in LLAVA]
+FAMILIES += [Family("internvl", SIZES[2:], (False,))]
