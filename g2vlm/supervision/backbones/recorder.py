@@ -40,12 +40,14 @@ class Recorder:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def replace_rows(self, embedding: nn.Module, rows: tuple[Tensor, ...], values: Tensor) -> None:
-        """Let `embedding` return `values` (k, d) at `rows`, index tensors (k,) of its leading axes."""
+        """Let `embedding` return `values` (k, d) at `rows`, index tensors (k,) of its leading axes; the first time."""
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            handle.remove()
             return output.index_put(rows, values.to(output))
 
-        self._handles.append(embedding.register_forward_hook(hook))
+        handle = embedding.register_forward_hook(hook)
+        self._handles.append(handle)
 
     def output(self, module: nn.Module) -> Any:
         """What `module` returned; the first time, if it ran several times."""

@@ -139,6 +139,17 @@ class TransformersBackbone(nn.Module, ABC):
             scale=scale,
         )
 
+    def generate(self, inputs: Mapping[str, Any], probes: Probes, **options: Any) -> Any:
+        """The model's `generate` on a prompt with the probe tokens that it was trained with.
+
+        Without them, which is the rule, call the model itself; the two together measure what leaving them out costs.
+        """
+        known, visual = self.with_probes(inputs, probes)
+        known.pop("labels", None)
+        with Recorder() as recorder:
+            self._place(recorder, probes, visual)
+            return cast(Any, self.model).generate(**known, **options)
+
     def query_projection(self, layer: int) -> QueryProjection:
         """As in `Backbone`."""
         Taps(attention=(layer,)).check(self.num_layers)

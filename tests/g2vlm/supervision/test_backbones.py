@@ -15,7 +15,8 @@ from g2vlm.supervision.backbones import Probes, Tapped, Taps, backbone_of, clip,
 from g2vlm.supervision.backbones.g2vlm import with_probes
 from g2vlm.supervision.backbones.recorder import Recorder
 from tests.g2vlm.packs import CHAT, IMAGES, SPECIAL, TEXT
-from tests.g2vlm.supervision.vlms import FAMILIES, OURS, STOCK, Family
+from tests.g2vlm.stock import IMAGE
+from tests.g2vlm.supervision.vlms import END, FAMILIES, OURS, QWEN, START, STOCK, Family
 from train.trainable import checkpoint_activations
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -487,6 +488,135 @@ def test_what_cannot_be_answered_is_refused(family: Family) -> None:
         backbone(inputs, Taps(attention=(0,)))
     with pytest.raises(ValueError, match="attention"):
         backbone.query_projection(0)
+
+
+def of(name: str) -> tuple[Family, Any, dict[str, Any]]:
+    """A family, its backbone and a batch."""
+    family = next(family for family in FAMILIES if family.name == name)
+    return family, backbone_of(family.model()), family.inputs(family.samples)
+
+
+@stock_families
+def test_placeholders_that_fit_no_frame_are_refused(family: Family) -> None:
+    _, backbone, inputs = of(family.name)
+    ids = inputs["input_ids"]
+    visual = torch.isin(ids, torch.tensor(list(backbone.media(inputs))))
+    without = {**inputs, "input_ids": ids.masked_fill(visual, 44)}
+    with pytest.raises(ValueError, match="have no placeholders"):
+        backbone(without)
+    first = visual[0].nonzero()[0]
+    cut = ids.clone()
+    cut[0, first + 1] = 44
+    with pytest.raises(ValueError, match="do not lie next to each other"):
+        backbone({**inputs, "input_ids": cut})
+    more = ids.clone()
+    more[-1, -2:] = ids[0, first]
+    with pytest.raises(ValueError, match=r"have no image or video|several tiles"):
+        backbone({**inputs, "input_ids": more})
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        backbone({**inputs, "logits_to_keep": 1})
+
+
+@stock_families
+def test_half_inserted_probes_are_refused(family: Family) -> None:
+    _, backbone, inputs = of(family.name)
+    probes = its_probes(family, backbone)
+    expanded, visual = backbone.with_probes(inputs, probes)
+    expanded["input_ids"][0, visual.probes[0][-1]] = 44
+    with pytest.raises(ValueError, match="give it with all of them or with none"):
+        backbone(expanded, Taps(probes=probes))
+
+
+def test_videos_whose_frames_are_merged_are_refused() -> None:
+    _, backbone, inputs = of("qwen2_vl")
+    inputs["pixel_values_videos"] = torch.randn_like(inputs["pixel_values_videos"])
+    with pytest.raises(ValueError, match="mix 2 different frames"):
+        backbone(inputs)
+
+
+def test_images_without_modalities_are_refused() -> None:
+    _, backbone, inputs = of("qwen2_5_vl")
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        backbone({**inputs, "mm_token_type_ids": None})
+
+
+def test_tiles_are_refused() -> None:
+    _, backbone, inputs = of("internvl")
+    inputs["input_ids"] = torch.tensor([[20, START, *[IMAGE] * 8, END, 30]])
+    with pytest.raises(ValueError, match="several tiles"):
+        backbone({**inputs, "attention_mask": None, "pixel_values": inputs["pixel_values"][:2]})
+    _, backbone, inputs = of("llava_next_video")
+    with pytest.raises(ValueError, match="video of one frame"):
+        backbone({**inputs, "pixel_values": inputs["pixel_values_videos"]})
+
+
+def test_shared_positions_and_flash_attention_are_refused() -> None:
+    """Where positions are one-dimensional; nothing is refused without probe tokens."""
+    _, backbone, inputs = of("internvl")
+    backbone.decoder.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="sdpa"):
+        backbone.with_probes(inputs, probes_for(backbone.width))
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_rope_deltas_are_those_of_the_longer_sequence(name: str) -> None:
+    """What is generated goes on at the position at which it would without probe tokens."""
+    family, backbone, _ = of(name)
+    for left in (False, True):
+        inputs = family.inputs(family.samples, left)
+        known = {key: value for key, value in inputs.items() if key not in ("labels", "pixel_values")}
+        _, plain = backbone.model.model.get_rope_index(**known)
+        _, visual = backbone.with_probes(inputs, its_probes(family, backbone))
+        counts = torch.tensor([[len(own)] for own in visual.probes])
+        assert torch.equal(backbone.model.model.rope_deltas, plain - counts)
+
+
+@stock_families
+@torch.no_grad()
+def test_generation_after_probes(family: Family) -> None:
+    """Each new token is the likeliest one of a whole forward over what is there."""
+    backbone: Any = backbone_of(family.model())
+    backbone.model.generation_config.eos_token_id = None
+    backbone.model.generation_config.pad_token_id = 1
+    probes = its_probes(family, backbone)
+    for sample in family.samples:
+        inputs = family.inputs([sample])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        length = len(backbone.with_probes(inputs, probes)[0]["input_ids"][0])
+        found = backbone.generate(inputs, probes, max_new_tokens=4, do_sample=False)[0, length:]
+        for token in found:
+            expected = backbone(inputs, Taps(probes=probes)).logits[0, -1].argmax()
+            assert token == expected
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
+                if name in inputs:
+                    added = {"input_ids": int(token), "attention_mask": 1}.get(name, 0)
+                    inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=added)
+
+
+@stock_families
+def test_samples_without_frames(family: Family) -> None:
+    """Alone they are what they are; the embeddings get a gradient of zero, not none."""
+    backbone = backbone_of(family.model())
+    embeddings = its_probes(family, backbone)
+    assert embeddings.camera is not None
+    probes = Probes(embeddings.camera.requires_grad_(), embeddings.scale)
+    ids = torch.tensor([[20, 21, 22, 30]])
+    tapped = backbone({"input_ids": ids}, Taps((1,), probes=probes))
+    with torch.no_grad():
+        assert torch.equal(tapped.logits, backbone.model(input_ids=ids).logits)
+    assert tapped.frames == ((),)
+    assert tapped.camera is not None
+    assert tapped.scale is not None
+    assert tapped.camera[0].shape == tapped.scale[0].shape == tapped.hidden[1][0].shape == (0, backbone.width)
+    tapped.logits.sum().backward()
+    assert embeddings.camera.grad is not None
+    assert not embeddings.camera.grad.any()
+    if not family.one_length:
+        mixed = family.inputs([replace(family.samples[0], grids=(), video=False), family.samples[0]])
+        tapped = backbone(mixed, Taps(probes=probes))
+        assert tapped.frames == ((), family.samples[0].grids)
+        assert tapped.camera is not None
+        assert [len(own) for own in tapped.camera] == [0, 3]
 
 
 def test_unknown_models_are_refused() -> None:

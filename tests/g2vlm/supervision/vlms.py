@@ -106,7 +106,9 @@ def _qwen_inputs(family: str):
         for sample in samples:
             row = [*sample.before]
             sizes = [math.prod(grid) for grid in sample.grids]
-            if not sample.video:
+            if not sample.grids:
+                pass
+            elif not sample.video:
                 for size in sizes:
                     row += [START, *[IMAGE] * size, END, 50]
                 images.append(_patches(sample.grids, False))
