@@ -77,6 +77,25 @@ def test_logits_are_the_models_own_to_the_bit(family: Family) -> None:
     assert hooks(model) == left_by_the_library
 
 
+@families
+@torch.no_grad()
+def test_targets_belong_to_the_logits(family: Family) -> None:
+    """The loss is the library's; probe tokens have none, and the words after them keep theirs."""
+    model = family.model()
+    backbone = backbone_of(model)
+    inputs = family.inputs(family.samples)
+    tapped = backbone(inputs)
+    assert tapped.targets is not None
+    assert tapped.targets.shape == tapped.logits.shape[:-1]
+    if family.name in OURS:
+        assert torch.equal(tapped.targets, inputs["sequence"].labels)
+    else:
+        close(cross_entropy(tapped.logits.flatten(0, -2), tapped.targets.flatten()), model(**inputs).loss)
+    probed = backbone(family.inputs(family.samples, probes=(True, True)), Taps(probes=its_probes(family, backbone)))
+    assert probed.targets is not None
+    assert torch.equal(probed.targets[probed.targets != -100], tapped.targets[tapped.targets != -100])
+
+
 @stock_families
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @torch.no_grad()
@@ -247,9 +266,11 @@ def test_positions_of_probes(family: Family, left: bool, camera: bool, scale: bo
     backbone: Any = backbone_of(family.model())
     probes = its_probes(family, backbone, camera, scale)
     inputs = family.inputs(family.samples, left)
+    inputs["labels"] = inputs["input_ids"].clone()
     original = backbone.positions(inputs)
     mask = inputs["attention_mask"]
     expanded, visual = backbone.with_probes(inputs, probes)
+    assert expanded["attention_mask"][:, -1 if left else 0].all()
     for i, sample in enumerate(family.samples):
         counts = [int(camera)] * len(sample.grids)
         counts[-1] += scale
@@ -263,7 +284,9 @@ def test_positions_of_probes(family: Family, left: bool, camera: bool, scale: bo
                 assert torch.equal(expanded[name][i][keep], inputs[name][i][own])
         positions = expanded["position_ids"][..., i, :]
         assert torch.equal(positions[..., keep], original[..., i, own])
-        assert (expanded["labels"][i, visual.probes[i]] == -100).all()
+        at_probes = {"labels": -100, "attention_mask": 1, "mm_token_type_ids": 0}
+        for name in at_probes.keys() & expanded.keys():
+            assert (expanded[name][i, visual.probes[i]] == at_probes[name]).all()
         lasts = visual.last_patches(i)
         owners = lasts.repeat_interleave(torch.tensor(counts))
         assert torch.equal(positions[..., visual.probes[i]], positions[..., owners])
