@@ -44,7 +44,7 @@ class QwenBackbone(TransformersBackbone):
         expanded, visual = super().with_probes(inputs, probes)
         if any(visual.frames):
             attended = expanded["attention_mask"]
-            highest = expanded["position_ids"][-3:].amax(0).masked_fill(attended == 0, -1).amax(1)
+            highest = expanded["position_ids"][-3:].amax((0, 2))  # of padding it is 0
             self._core.rope_deltas = (highest + 1 - attended.sum(1))[:, None]
         return expanded, visual
 

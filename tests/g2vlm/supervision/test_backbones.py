@@ -223,10 +223,13 @@ def test_probe_embeddings_reach_their_places(family: Family, camera: bool, scale
     probes = its_probes(family, backbone, camera, scale)
     inputs = family.inputs(family.samples, probes=(camera, scale))
     first_block = model.decoder.layers[0] if family.name in OURS else model.get_decoder().layers[0]
+    norm = model.decoder.semantic_norm if family.name in OURS else model.get_decoder().norm
     with Recorder() as recorder:
         recorder.keep_inputs(first_block)
+        recorder.keep_output(norm)
         tapped = backbone(inputs, Taps((0,), probes=probes))
         stream = recorder.argument(first_block, 1 if family.name in OURS else 0, "hidden_states")
+        last_states = recorder.output(norm).flatten(0, -2)
     expected = [
         row
         for sample in family.samples
@@ -238,7 +241,6 @@ def test_probe_embeddings_reach_their_places(family: Family, camera: bool, scale
     rows = stream.flatten(0, -2)
     at = [(rows == row).all(-1).nonzero().flatten().tolist() for row in expected]
     assert all(at)
-    lengths = [len(own) for own in tapped.hidden[0]]
     counts = [len(sample.grids) * camera + scale for sample in family.samples]
     places = sorted({place for own in at for place in own})
     assert [int(torch.equal(rows[place], row)) for place, row in zip(places, expected, strict=True)] == [1] * sum(
@@ -247,9 +249,13 @@ def test_probe_embeddings_reach_their_places(family: Family, camera: bool, scale
     for place, own, sample in zip(_starts(places, counts), tapped.hidden[0], family.samples, strict=True):
         last = own[-1] if not camera else split_frames(own, sample.grids)[0][-1, -1]
         assert torch.equal(rows[place - 1], last)
-    assert lengths == [sum(h * w for h, w in sample.grids) for sample in family.samples]
     assert (tapped.camera is None) == (not camera)
     assert (tapped.scale is None) == (not scale)
+    nothing = [last_states[:0]] * len(counts)
+    for own, cameras, scales in zip(torch.tensor(places).split(counts), tapped.camera or nothing,
+                                    tapped.scale or nothing, strict=True):  # fmt: skip
+        assert torch.equal(torch.cat([cameras, scales]), last_states[own])
+        assert len(scales) == scale
 
 
 def _starts(places: list[int], counts: list[int]) -> list[int]:
@@ -485,6 +491,29 @@ def recompute(family: Family, model: Any) -> None:
 
 
 @families
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_every_tap_trains_what_makes_it(family: Family, recomputed: bool) -> None:
+    """The first block's queries are made by their projection, everything after by the whole block."""
+    model, backbone = trained_like(family)
+    if recomputed:
+        recompute(family, model)
+    taps = every_layer(backbone, probes=its_probes(family, backbone))
+    tapped = backbone(family.inputs(family.samples, probes=(True, True)), taps)
+    block = (
+        model.decoder.layers[0].semantic.attention if family.name in OURS else model.get_decoder().layers[0].self_attn
+    )
+    made = {
+        "hidden": tapped.hidden[1], "last": tapped.hidden[backbone.num_layers], "raw": tapped.raw_last,
+        "camera": tapped.camera, "scale": tapped.scale, "queries": tapped.queries[1].after_rotary,
+        "before": tapped.queries[1].before_rotary,
+    }  # fmt: skip
+    for name, states in made.items():
+        assert states is not None
+        gradient = torch.autograd.grad(torch.cat(states).tanh().sum(), block.q_proj.weight, retain_graph=True)[0]
+        assert gradient.abs().max() > 0, name
+
+
+@families
 def test_gradient_checkpointing_changes_no_gradient(family: Family) -> None:
     """The taps' own gradient included, of hidden states and of what is inside a block."""
     found = []
@@ -551,6 +580,21 @@ def test_half_inserted_probes_are_refused(family: Family) -> None:
     expanded["input_ids"][0, visual.probes[0][-1]] = 44
     with pytest.raises(ValueError, match="give it with all of them or with none"):
         backbone(expanded, Taps(probes=probes))
+
+
+def test_padding_is_no_probe() -> None:
+    """Even if it has the same id and follows a patch."""
+    family, backbone, _ = of("qwen2_vl")
+    inputs = family.inputs([replace(family.samples[0], grids=((1, 2),), after=())] * 2)
+    ids = torch.tensor(
+        [[20, START, IMAGE, IMAGE, backbone.probe_id, backbone.probe_id], [20, 21, START, IMAGE, IMAGE, END]]
+    )
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    inputs |= {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int(), "labels": ids}
+    probes = its_probes(family, backbone)
+    expanded, visual = backbone.with_probes(inputs, probes)
+    assert [own.tolist() for own in visual.probes] == [[4, 5], [5, 6]]
+    assert expanded["attention_mask"].sum(1).tolist() == [6, 8]
 
 
 def test_videos_whose_frames_are_merged_are_refused() -> None:
