@@ -13,6 +13,7 @@ from torch import Tensor
 
 from g2vlm.errors import InputError
 from g2vlm.fusion_config import CameraToken, FusionConfig, Scope, TokenKinds
+from g2vlm.model.recorder import Recorder
 from g2vlm.processing import normalise_views, recon_sequence
 from g2vlm.sequence import PackedSequence
 
@@ -188,15 +189,17 @@ def expert_tokens(
         layer, camera: as in `FusionConfig`.
     """
     sequence = recon_sequence(list(views), model.config).to(model.device)
-    with _Tap(model, layer) as tap:
+    number = model.config.decoder.num_layers if layer == -1 else layer
+    block = model.decoder.layers[number - 1]
+    with Recorder() as recorder:
+        recorder.keep_output(block)
         last, _ = model.decoder(
             model.embed_views(views),
             model.embed_tokens(sequence.semantic_ids),
             sequence.position_ids,
             sequence.plan,
         )
-    hidden = last if tap.hidden is None else tap.hidden.to(last.dtype)
-    number = model.config.decoder.num_layers if layer == -1 else layer
+    hidden = last if number == model.config.decoder.num_layers else recorder.output(block)[0].to(last.dtype)
     found, start = [], 0
     for grids in sequence.view_grids:
         rows, columns = grids[0]  # all views of a scene have one size
@@ -206,27 +209,6 @@ def expert_tokens(
         found.append(GeometryTokens(patches, features.mean(dim=1, keepdim=True), grids[0], layer=number))
         start = stop
     return found
-
-
-class _Tap:
-    """Keeps the geometric expert's states after a layer, before any norm; nothing for -1 and for the last layer."""
-
-    def __init__(self, model: "G2VLMForConditionalGeneration", layer: int):
-        self.hidden: Tensor | None = None
-        self._layers = model.decoder.layers
-        self._index = None if layer in (-1, len(self._layers)) else layer - 1
-
-    def __enter__(self) -> "_Tap":
-        if self._index is not None:
-            self._hook = self._layers[self._index].register_forward_hook(self._keep)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._index is not None:
-            self._hook.remove()
-
-    def _keep(self, _module: object, _inputs: object, streams: tuple[Tensor, Tensor]) -> None:
-        self.hidden = streams[0]
 
 
 def own_frames(

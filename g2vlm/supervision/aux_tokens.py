@@ -1,7 +1,9 @@
 """Learned probe tokens that a camera and a scale are read from (GeoVR)."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from g2vlm.supervision.backbones.base import Probes
 
 
 class AuxTokens(nn.Module):
@@ -17,18 +19,11 @@ class AuxTokens(nn.Module):
 
     def __init__(self, hidden_size: int, initializer_range: float = 0.02):
         super().__init__()
-        self.first_camera = nn.Parameter(torch.empty(hidden_size))
-        self.later_camera = nn.Parameter(torch.empty(hidden_size))
+        self.camera = nn.Parameter(torch.empty(2, hidden_size))
         self.scale = nn.Parameter(torch.empty(hidden_size))
         for vector in self.parameters():
             nn.init.normal_(vector, std=initializer_range)
 
-    def forward(self, num_views: int) -> Tensor:
-        """Camera tokens (S, d) of a clip; the scale token is `scale` (d,).
-
-        Raises:
-            ValueError: fewer than one view.
-        """
-        if num_views < 1:
-            raise ValueError(f"num_views: given {num_views}, must be at least 1")
-        return torch.cat([self.first_camera[None], self.later_camera.expand(num_views - 1, -1)])
+    def forward(self) -> Probes:
+        """What a backbone inserts."""
+        return Probes(self.camera, self.scale)

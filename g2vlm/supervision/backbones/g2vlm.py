@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from g2vlm.model.decoder import MoTLayer
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.model.recorder import Recorder
 from g2vlm.model.rope import apply_rotary
 from g2vlm.sequence import Grid, PackedSequence, Sample, Segment, SemanticImage, SemanticVideo
 from g2vlm.supervision.backbones.base import HeadStates, PerSample, Probes, QueryProjection, Tapped, Taps
-from g2vlm.supervision.backbones.recorder import Recorder
 from g2vlm.supervision.backbones.tokens import VisualTokens
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from g2vlm.model.recorder import Recorder
 from g2vlm.model.rope import apply_rotary
 from g2vlm.sequence import IGNORED
 from g2vlm.supervision.backbones.base import HeadStates, PerSample, Probes, QueryProjection, Tapped, Taps
-from g2vlm.supervision.backbones.recorder import Recorder
 from g2vlm.supervision.backbones.tokens import Medium, VisualTokens, find_probes, insert_probes, locate
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from g2vlm.model import decoder as our_decoder
+from g2vlm.model.recorder import Recorder
 from g2vlm.sequence import SemanticVideo, SequenceBuilder, segment_length
 from g2vlm.supervision.backbones import Probes, Tapped, Taps, backbone_of, clip, split_frames
 from g2vlm.supervision.backbones.g2vlm import with_probes
-from g2vlm.supervision.backbones.recorder import Recorder
 from tests.g2vlm.packs import CHAT, IMAGES, SPECIAL, TEXT
 from tests.g2vlm.stock import IMAGE
 from tests.g2vlm.supervision.vlms import END, FAMILIES, OURS, QWEN, START, STOCK, Family
