@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from g2vlm.errors import InputError, TrainingAborted
+from g2vlm.fusion_config import FusionConfig
 from tests.train.runs import MULTIPLIERS, mini_batch, mini_model, mini_trainer, train_on
 from train.config import GuardConfig, ScheduleConfig
 from train.objectives.geometry import recon_batch_inputs
@@ -41,7 +42,7 @@ def test_frozen_groups_do_not_move() -> None:
 
 
 def test_every_parameter_has_a_group() -> None:
-    names = [name for name, _ in mini_model().named_parameters()]
+    names = [name for name, _ in mini_model(fusion=FusionConfig(head_dim=8)).named_parameters()]
     assert {group_of(name) for name in names} == set(GROUPS)
 
 
