@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
 from g2vlm.fusion_config import CameraToken, FusionConfig, Scope, TokenKinds
 from g2vlm.model.recorder import Recorder
@@ -77,11 +78,13 @@ class Clip:
 
     Args:
         images: (S, 3, H, W) in [0, 1].
-        name: of the video and the frames taken from it; sources that keep tokens know a clip by it.
+        name: of the video and the frames taken from it; what keeps tokens or targets knows a clip by it.
+        scene: what the data say about it, view i being frame i; None if they say nothing.
     """
 
     images: Tensor
     name: str = ""
+    scene: SceneSample | None = None
 
 
 class GeometryTokenSource(Protocol):

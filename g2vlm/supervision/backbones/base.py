@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from g2vlm.model.layers import RMSNorm
 from g2vlm.sequence import Grid
+from geometry import GeometryPrediction
 
 PerSample = tuple[Tensor, ...]
 """One tensor per sample; one without frames has a tensor of no rows."""
@@ -137,6 +138,7 @@ class Tapped:
         keys: per tapped block, M heads.
         camera: (T, d) per sample, the camera tokens' states of layer L.
         scale: (1, d) per sample, the scale token's state of layer L; no row without frames.
+        geometry: what the model's own geometry heads predict, one per geometry segment; None of a model without any.
     """
 
     logits: Tensor
@@ -148,6 +150,7 @@ class Tapped:
     keys: Mapping[int, HeadStates] = field(default_factory=dict)
     camera: PerSample | None = None
     scale: PerSample | None = None
+    geometry: tuple[GeometryPrediction, ...] | None = None
 
 
 def split_frames(states: Tensor, grids: Sequence[Grid]) -> list[Tensor]:

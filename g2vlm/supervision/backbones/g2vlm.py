@@ -72,14 +72,14 @@ class G2VLMBackbone(nn.Module):
             if taps.probes is not None:
                 values = torch.cat([taps.probes.embeddings(len(grids)) for grids in visual.frames])
                 recorder.replace_rows(self.model.embed_tokens, (torch.cat(visual.probes),), values)
-            logits = self.model(**known).logits
+            output = self.model(**known)
         camera, scale = None, None
         if taps.probes is not None:
             camera, scale = taps.probes.split(_pick(recorder.output(self.model.decoder.semantic_norm), visual.probes))
         heads = {block: self._heads(recorder, block, sequence, visual.index) for block in taps.attention}
         raw = recorder.output(self._block(self.num_layers))[1] if taps.raw_last else None
         return Tapped(
-            logits=logits,
+            logits=output.logits,
             targets=sequence.labels[known["logits_at"]],
             frames=visual.frames,
             hidden={layer: _pick(self._state(recorder, layer), visual.index) for layer in taps.hidden},
@@ -88,6 +88,7 @@ class G2VLMBackbone(nn.Module):
             keys={block: keys for block, (_, keys) in heads.items()},
             camera=camera,
             scale=scale,
+            geometry=output.geometry,
         )
 
     def query_projection(self, layer: int) -> QueryProjection:
