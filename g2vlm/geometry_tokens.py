@@ -86,6 +86,15 @@ class Clip:
     name: str = ""
     scene: SceneSample | None = None
 
+    @classmethod
+    def of(cls, scene: SceneSample) -> "Clip":
+        """All views of a scene, named after the data set, the scene and the views."""
+        return cls(scene.images.float() / 255, f"{scene.dataset}/{scene.scene}:{','.join(scene.view_ids)}", scene)
+
+    def to(self, device: torch.device | str) -> "Clip":
+        """The same clip with its images on a device."""
+        return replace(self, images=self.images.to(device))
+
 
 class GeometryTokenSource(Protocol):
     """A frozen reconstruction model, or what it once said."""

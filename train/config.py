@@ -91,6 +91,21 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """What geometric supervision compares with.
+
+    Args:
+        name: of a teacher in g2vlm.supervision.teachers.registry.
+        root: of its files, for one that has any.
+        options: further arguments of the teacher.
+    """
+
+    name: str
+    root: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ChatSourceConfig:
     """Where questions come from.
 
@@ -264,6 +279,8 @@ class RunConfig:
             semantic_encoder, fusion.
         lora: adapters in place of the weights of the experts that it names; null: none.
         objectives: what is minimised.
+        teachers: of the geometric supervision among the objectives, asked in order: each adds what those before it do
+            not know about a clip.
         data: what a step sees.
         schedule: learning rate over the run.
         optim: optimizer.
@@ -282,6 +299,7 @@ class RunConfig:
     )
     lora: AdapterConfig | None = None
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    teachers: tuple[TeacherConfig, ...] = (TeacherConfig("ground_truth"),)
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

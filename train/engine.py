@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from g2vlm.errors import InputError
+from g2vlm.supervision.base import Heads
 
 _SHARDED = ("MoTLayer", "DinoV2", "FrameBlock", "ContextBlock", "Qwen2VLVisionBlock")
 _FLOAT32 = ("PixelHead", "CameraHead")
-"""Output heads compute in float32 whatever the rest does."""
+"""Output heads compute in float32 whatever the rest does; so do those of geometric supervision."""
 
 
 class Engine:
@@ -97,8 +98,10 @@ class Sharded(Replicated):
         low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         for module in list(model.modules()):
-            if type(module).__name__ in _SHARDED + _FLOAT32:
-                fully_shard(module, mesh=mesh, mp_policy=full if type(module).__name__ in _FLOAT32 else low)
+            if isinstance(module, Heads) or type(module).__name__ in _FLOAT32:
+                fully_shard(module, mesh=mesh, mp_policy=full)
+            elif type(module).__name__ in _SHARDED:
+                fully_shard(module, mesh=mesh, mp_policy=low)
         fully_shard(model, mesh=mesh, mp_policy=low)
         return model
 

@@ -19,13 +19,18 @@ from g2vlm.data.frames import FrameSource
 from g2vlm.data.transforms import augment_colours
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError, TooManyBadFiles
+from g2vlm.geometry_tokens import Clip
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.sequence import GeometryAttention
+from g2vlm.supervision.base import ClipShape
+from g2vlm.supervision.targets import TeacherTargets
+from g2vlm.supervision.teachers.base import Teacher, targets_of
 from g2vlm.weights import read_json
 from train.config import DataConfig, RunConfig
 from train.engine import Engine
 from train.loader import BadSample, Batches, LoadedBatch, StepDataset, batches
 from train.objectives.geometry import recon_batch_inputs
+from train.objectives.supervision import SupervisionParts
 from train.packing import ChatMixture, Item, PackStream, StepPlan
 from train.sampler import Sampler
 
@@ -42,6 +47,10 @@ class Feed(Protocol):
 
     def batches(self, steps: range, start: int, workers: int) -> Iterator[LoadedBatch]:
         """The batches of consecutive steps; `start` is the `end` of the batch before, 0 for the first of a run."""
+        ...
+
+    def taught(self, batch: Any) -> Any:
+        """A batch on the model's device with all that it is compared with."""
         ...
 
     def inputs(self, batch: Any, step: int) -> dict[str, Any]:
@@ -78,6 +87,10 @@ class SceneFeed:
         """The step's number says everything."""
         return batches(self.dataset, steps, workers)
 
+    def taught(self, batch: SceneBatch) -> SceneBatch:
+        """As it is: scenes hold their truth."""
+        return batch
+
     def inputs(self, batch: SceneBatch, step: int) -> dict[str, Any]:
         """The released reconstruction sequence for every scene."""
         coin = self.mixed and self.dataset.sampler.coin(step)
@@ -99,11 +112,13 @@ class PackDataset(Dataset[LoadedBatch]):
         stream: that made the plan.
         augment: change the views' colours at random.
         mixed: whether the stream's coin chooses the attention.
+        teachers: asked here about every clip; None: nobody asks, and clips are left out.
     """
 
     stream: PackStream
     augment: bool = False
     mixed: bool = False
+    teachers: tuple[Teacher, ...] | None = None
     frame_sources: tuple[FrameSource, ...] = ()
 
     def __getitem__(self, plan: StepPlan) -> LoadedBatch:
@@ -112,8 +127,14 @@ class PackDataset(Dataset[LoadedBatch]):
         samples = [sample for item in plan.items if (sample := self._readable(item, bad)) is not None]
         attention = ("frame" if self.stream.coin(plan.step) else "global") if self.mixed else None
         batch = collate_chats(samples, self.stream.layout, plan.filling, cast(GeometryAttention | None, attention))
+        batch = replace(batch, targets=self._taught(batch), clips=() if self.teachers is None else batch.clips)
         facts = plan.facts
         return LoadedBatch(batch, tuple(bad), plan.step, facts["samples"], facts["tokens"], facts, plan.end)
+
+    def _taught(self, batch: ChatBatch) -> tuple[TeacherTargets | None, ...]:
+        if self.teachers is None:
+            return ()
+        return tuple(scene and targets_of(self.teachers, Clip.of(scene)) for scene in batch.clips)
 
     def _readable(self, item: Item, bad: list[BadSample]) -> ChatSample | None:
         try:
@@ -136,6 +157,7 @@ class ChatFeed:
         dataset: of packs.
         rank, world: of the process.
         geometry, global_points: what the geometry heads predict.
+        teachers: asked before a step, in the training process; None without supervision.
     """
 
     dataset: PackDataset
@@ -143,6 +165,7 @@ class ChatFeed:
     world: int
     geometry: bool
     global_points: bool
+    teachers: tuple[Teacher, ...] | None = None
     unit: str = "tokens"
 
     def batches(self, steps: range, start: int, workers: int) -> Iterator[LoadedBatch]:
@@ -151,9 +174,21 @@ class ChatFeed:
         loader: Batches = self.dataset
         return batches(loader, plans, workers)
 
+    def taught(self, batch: ChatBatch) -> ChatBatch:
+        """With what the teachers say that are asked here."""
+        if not self.teachers:
+            return batch
+        device = batch.sequence.position_ids.device
+        asked = zip(batch.clips, batch.targets, strict=True)
+        targets = [scene and targets_of(self.teachers, Clip.of(scene).to(device), known) for scene, known in asked]
+        return replace(batch, targets=tuple(own and own.to(device) for own in targets))
+
     def inputs(self, batch: ChatBatch, step: int) -> dict[str, Any]:
-        """Logits of the answers, and geometry if it is learned."""
-        return chat_inputs(batch, self.geometry, self.global_points)
+        """Logits of the answers, geometry if it is learned, and the sizes of what heads are compared with."""
+        inputs = chat_inputs(batch, self.geometry, self.global_points)
+        if self.teachers is None:
+            return inputs
+        return inputs | {"shapes": [None if own is None else ClipShape.of(own) for own in batch.targets]}
 
     def scenes(self, batch: ChatBatch) -> SceneBatch | None:
         """The first, if its depth is known."""
@@ -179,6 +214,7 @@ def build_feed(
     engine: Engine,
     seed: int,
     varied: bool = True,
+    supervision: SupervisionParts | None = None,
 ) -> Feed:
     """What a run trains or validates on.
 
@@ -189,6 +225,7 @@ def build_feed(
         engine: of the run.
         seed: of what is drawn.
         varied: change colours, and draw the attention where it is mixed; without it, it is global.
+        supervision: whose targets and probe tokens the batches have.
 
     Raises:
         InputError: the data do not fit the model.
@@ -199,9 +236,12 @@ def build_feed(
     mixed = varied and model.config.geometry_attention == "mixed"
     global_points = geometry is not None and bool(geometry.global_points)
     if isinstance(source, ChatMixture):
-        dataset = PackDataset(build_stream(config, source, model, seed), augment, mixed)
+        offline, online, probes = None, None, (False, False)
+        if supervision is not None:
+            offline, online, probes = supervision.offline, supervision.online, supervision.probes
+        dataset = PackDataset(build_stream(config, source, model, seed, probes), augment, mixed, offline)
         global_points = global_points and model.config.heads.global_points
-        return ChatFeed(dataset, engine.rank, engine.world, geometry is not None, global_points)
+        return ChatFeed(dataset, engine.rank, engine.world, geometry is not None, global_points, online)
     sampler = build_sampler(config.data, source, seed, model.config)
     return SceneFeed(StepDataset(sampler, engine.rank, engine.world, augment), model.config, global_points, mixed)
 
@@ -222,15 +262,15 @@ def build_sampler(config: DataConfig, source: SceneSource, seed: int, model: G2V
 
 
 def build_stream(
-    config: RunConfig, mixture: ChatMixture, model: G2VLMForConditionalGeneration, seed: int
+    config: RunConfig, mixture: ChatMixture, model: G2VLMForConditionalGeneration, seed: int, probes: tuple[bool, bool]
 ) -> PackStream:
-    """The stream of packs of a run; errors as in `build_feed`."""
+    """The stream of packs of a run, with camera and scale tokens where `probes` says so; errors as in `build_feed`."""
     chat = config.data.chat
     assert chat is not None
     processor = processor_of(model.config)
     rule = processor.rule if chat.images is None else chat.images
     prompt = processor.views_prompt if chat.views_prompt is None else chat.views_prompt
-    layout = ChatLayout(processor.chat, model.config, rule, prompt)
+    layout = ChatLayout(processor.chat, model.config, rule, prompt, *probes)
     layout.views(1, chat.view_size)
     apart = model.geometry_encoder.keeps_images_apart
     return PackStream(mixture, layout, seed, chat.tokens_per_pack, chat.view_size, scenes_alone=not apart)

@@ -8,16 +8,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError, Stopped, TrainingAborted
 from g2vlm.model.attention.health import watch_attention
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import staged_folder, write_errors
+from g2vlm.supervision.backbones import backbone_of
+from g2vlm.supervision.base import SupervisedModel, Supervision
+from g2vlm.supervision.saved import write_supervision
 from g2vlm.weights import read_json
 from train.changes import check_changes
 from train.config import RunConfig, plain
@@ -29,6 +33,7 @@ from train.lora import split, write_adapters
 from train.objectives.geometry import GeometryObjective
 from train.objectives.language import LanguageObjective
 from train.objectives.report import Objective
+from train.objectives.supervision import SupervisionParts, check_needs, supervision_of, wanted
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.packing import ChatMixture
 from train.pictures import save_picture
@@ -94,11 +99,15 @@ def stop_signals() -> Iterator[threading.Event]:
 
 @dataclass
 class Run:
-    """A run under way; `done` counts its finished steps, and the data of the next one begin at `place`."""
+    """A run under way; `done` counts its finished steps, and the data of the next one begin at `place`.
+
+    `model` is the plain model, `heads` the modules of geometric supervision by name, which train with it.
+    """
 
     config: RunConfig
     folder: Path
     model: G2VLMForConditionalGeneration
+    heads: nn.ModuleDict | None
     trainer: Trainer
     data: Feed
     validation: Feed | None
@@ -122,22 +131,28 @@ class Run:
         torch.manual_seed(runtime.seed)
         model = starting_model(config)
         trained = set_trainable(model, config.trainable)
+        backbone = backbone_of(model)
+        supervision = supervision_of(config, backbone)
+        if supervision is not None and isinstance(source, ChatMixture):
+            check_needs(source.sources, supervision)
         if runtime.gradient_checkpointing:
             checkpoint_activations(model)
+        whole = model if supervision is None else SupervisedModel(backbone, supervision.modules)
         trainer = Trainer(
             engine,
-            engine.wrap(model),
-            build_optimizer(model, trained, config.trainable, config.optim),
-            build_objectives(config),
+            engine.wrap(whole),
+            build_optimizer(model, trained, config.trainable, config.optim, head_groups(config, supervision)),
+            [*build_objectives(config), *(supervision.objectives.values() if supervision else ())],
             config.optim.clip,
         )
         checkpoints, guard = Checkpoints(folder / "checkpoints", runtime.keep), Guard(config.guards)
-        data, held_out = build_feed(config, source, model, engine, runtime.seed), None
+        data, held_out = build_feed(config, source, model, engine, runtime.seed, supervision=supervision), None
         if validation is not None:
-            held_out = build_feed(config, validation, model, engine, VALIDATION_SEED, varied=False)
+            held_out = build_feed(config, validation, model, engine, VALIDATION_SEED, False, supervision)
+        heads = whole.supervisions if isinstance(whole, SupervisedModel) else None
         resumed = runtime.resume == "auto"
-        done, place = resume(checkpoints, config, trainer, model, guard) if resumed else (0, 0)
-        return cls(config, folder, model, trainer, data, held_out, checkpoints, guard,
+        done, place = resume(checkpoints, config, trainer, model, heads, guard) if resumed else (0, 0)
+        return cls(config, folder, model, heads, trainer, data, held_out, checkpoints, guard,
                    RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done, place)  # fmt: skip
 
     def train(self, asked: threading.Event) -> None:
@@ -171,13 +186,13 @@ class Run:
         rate = learning_rate(step, runtime.steps, self.config.optim.lr, self.config.schedule)
         set_learning_rate(self.trainer.optimizer, rate)
         spike = self.config.guards.spike if step >= self.config.schedule.warmup else None
-        batch = loaded.batch.to(self.trainer.engine.device)
+        batch = self.data.taught(loaded.batch.to(self.trainer.engine.device))
         seed_generators(runtime.seed, step, self.trainer.engine.rank)
         result = self.trainer.step(self.data.inputs(batch, step), batch, spike, asked, len(loaded.bad))
         self.done, self.place = step + 1, loaded.end
         self.log.step(self.done, {
             "loss": result.loss, **result.terms, "lr": rate, "grad_norm": result.grad_norm, "dropped": result.dropped,
-            **loaded.facts,
+            "counts": result.counts, **loaded.facts,
         })  # fmt: skip
         if rates := console.add(self.done, result, rate, loaded.work, waited):
             self.log.speed(self.done, rates)
@@ -194,7 +209,7 @@ class Run:
         self.trainer.model.eval()
         results: dict[str, list[float]] = {}
         for loaded in data.batches(range(self.config.runtime.validation_steps), 0, workers=0):
-            batch = loaded.batch.to(self.trainer.engine.device)
+            batch = data.taught(loaded.batch.to(self.trainer.engine.device))
             terms, output = self.trainer.evaluate(data.inputs(batch, loaded.step), batch)
             for name, value in terms.items():
                 results.setdefault(name, []).append(value)
@@ -213,7 +228,7 @@ class Run:
         loaded = next(data.batches(range(1), 0, workers=0))
         self.trainer.model.eval()
         with watch_attention(self.model.decoder) as health:
-            self.trainer.model(**data.inputs(loaded.batch.to(self.trainer.engine.device), 0))
+            self.trainer.model(**data.inputs(data.taught(loaded.batch.to(self.trainer.engine.device)), 0))
         self.trainer.model.train()
         self.log.attention(self.done, health)
 
@@ -221,10 +236,11 @@ class Run:
         """A checkpoint of the steps done."""
         rest = {"guard": self.guard.state(), "config": plain(self.config), "place": self.place}
         files = self.data.write_files
-        save_state(self.checkpoints, self.done, self.trainer.engine, self.model, self.trainer.optimizer, rest, files)
+        engine, optimizer = self.trainer.engine, self.trainer.optimizer
+        save_state(self.checkpoints, self.done, engine, self.model, optimizer, rest, files, self.heads)
 
     def export(self) -> None:
-        """The model alone, in `model/`; what adapters it has, also in `adapter/`."""
+        """The model alone, in `model/`; what adapters it has, also in `adapter/`, and heads by name in `heads/`."""
         weights, adapters = split(self.model, model_state(self.trainer.engine, self.model))
         if self.trainer.engine.rank == 0:
             with staged_folder(self.folder / "model", overwrite=True) as staging:
@@ -234,6 +250,15 @@ class Run:
         if self.trainer.engine.rank == 0 and adapters:
             with staged_folder(self.folder / "adapter", overwrite=True) as staging:
                 write_adapters(staging, self.model, adapters)
+        self.export_heads()
+
+    def export_heads(self) -> None:
+        """What `g2vlm lift` and the probes of eval/ can use."""
+        states = {name: model_state(self.trainer.engine, own) for name, own in (self.heads or {}).items()}
+        if self.trainer.engine.rank == 0 and states:
+            with staged_folder(self.folder / "heads", overwrite=True) as staging:
+                for name, own in states.items():
+                    write_supervision(staging, name, cast(Supervision, (self.heads or {})[name]), own)
 
 
 def seed_generators(seed: int, step: int, rank: int) -> None:
@@ -241,22 +266,31 @@ def seed_generators(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
+def head_groups(config: RunConfig, supervision: SupervisionParts | None) -> dict[str, tuple[Supervision, float]]:
+    """Name -> modules of a supervision and the multiplier of their learning rate."""
+    if supervision is None:
+        return {}
+    return {name: (own, getattr(config.objectives, name).lr) for name, own in supervision.modules.items()}
+
+
 def build_objectives(config: RunConfig) -> list[Objective]:
-    """The objectives that are on.
+    """The objectives that are on, geometric supervision left out.
 
     Raises:
         InputError: none is, or one has no data.
     """
-    wanted, chat = config.objectives, config.data.chat
-    if (wanted.language is None) != (chat is None):
+    chat, supervised = config.data.chat, bool(wanted(config.objectives))
+    chosen = config.objectives
+    idle = chat is not None and chosen.language is None and not supervised
+    if idle or (chosen.language is not None and chat is None):
         given, lacking = ("data.chat", "objectives.language") if chat else ("objectives.language", "data.chat")
         raise InputError(f"{given} without {lacking}", "questions and the loss of their answers go together", "")
     objectives: list[Objective] = []
-    if wanted.language is not None:
-        objectives.append(LanguageObjective(wanted.language))
-    if wanted.geometry is not None:
-        objectives.append(GeometryObjective(wanted.geometry))
-    if not objectives:
+    if chosen.language is not None:
+        objectives.append(LanguageObjective(chosen.language))
+    if chosen.geometry is not None:
+        objectives.append(GeometryObjective(chosen.geometry))
+    if not objectives and not supervised:
         raise InputError("nothing to minimise", "every objective is null", "give objectives.geometry")
     return objectives
 
@@ -266,6 +300,7 @@ def resume(
     config: RunConfig,
     trainer: Trainer,
     model: G2VLMForConditionalGeneration,
+    heads: nn.Module | None,
     guard: Guard,
 ) -> tuple[int, int]:
     """Load the newest checkpoint that verifies, naming what was refused; returns its step and where its data go on.
@@ -288,7 +323,7 @@ def resume(
     if found is None:
         log.info("no checkpoint in %s: starting anew", checkpoints.folder)
         return 0, 0
-    state = load_state(checkpoints.path(found), engine, model, trainer.optimizer)
+    state = load_state(checkpoints.path(found), engine, model, trainer.optimizer, heads)
     guard.restore(state["guard"])
     log.info("going on from %s", checkpoints.path(found))
     return found, state.get("place", found)

@@ -10,13 +10,29 @@ from train.config import OptimConfig, ScheduleConfig
 
 
 def build_optimizer(
-    model: nn.Module, trained: Mapping[str, Sequence[str]], multipliers: Mapping[str, float], config: OptimConfig
+    model: nn.Module,
+    trained: Mapping[str, Sequence[str]],
+    multipliers: Mapping[str, float],
+    config: OptimConfig,
+    heads: Mapping[str, tuple[nn.Module, float]] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW with one parameter group per trained group; a group's entry `multiplier` scales its learning rate."""
+    """AdamW with one parameter group per trained group; a group's entry `multiplier` scales its learning rate.
+
+    Args:
+        model: the model.
+        trained: group -> names of its parameters.
+        multipliers: of every group.
+        config: of the optimizer.
+        heads: name -> what trains with the model without being part of it, and its multiplier.
+    """
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [parameters[name] for name in names], "multiplier": multipliers[group], "name": group}
         for group, names in trained.items()
+    ]
+    groups += [
+        {"params": [*own.parameters()], "multiplier": multiplier, "name": f"heads.{name}"}
+        for name, (own, multiplier) in (heads or {}).items()
     ]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True

@@ -3,7 +3,8 @@
 A checkpoint folder holds a model in our layout (model.safetensors, config.json: `g2vlm.load` reads it), the optimizer
 (optimizer.safetensors), the rest of the state (state.json) and, written last, manifest.json with the size and SHA-256
 of each file. With LoRA the model has the adapters merged into it, and adapters.safetensors holds them: what they are
-added to is the model that the run starts from. It is written under a hidden name, synced to disk, and renamed once.
+added to is the model that the run starts from. With geometric supervision heads.safetensors holds its heads and probe
+tokens, which no model has. It is written under a hidden name, synced to disk, and renamed once.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from train.engine import Engine
 from train.lora import is_adapted, plain_name, split
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-ADAPTERS = "adapters.safetensors"
+ADAPTERS, HEADS = "adapters.safetensors", "heads.safetensors"
 SCHEMA = 1
 
 
@@ -176,6 +177,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     rest: Mapping[str, Any],
     write_files: Callable[[Path], None] = lambda folder: None,
+    heads: nn.Module | None = None,
 ) -> None:
     """Write the checkpoint of a step; called on all ranks, written by rank 0, failing on all ranks together.
 
@@ -184,12 +186,15 @@ def save_state(
         step: how many steps are done.
         engine: that wrapped the model.
         model: the model itself, not what `wrap` returned.
-        optimizer: over its parameters.
+        optimizer: over its parameters, and those of the heads.
         rest: JSON types.
         write_files: completes a folder that holds the model.
+        heads: what trains with the model and belongs to none; None without any.
     """
     weights, adapters = split(model, model_state(engine, model))
-    files = {OPTIMIZER: optimizer_state(engine, model, optimizer), **({ADAPTERS: adapters} if adapters else {})}
+    files = {OPTIMIZER: optimizer_state(engine, model, optimizer, heads), **({ADAPTERS: adapters} if adapters else {})}
+    if heads is not None:
+        files[HEADS] = model_state(engine, heads)
     state = {**rest, "schema": SCHEMA, "step": step}
 
     def fill(folder: Path) -> None:
@@ -218,16 +223,22 @@ def _on_first_rank(engine: Engine, write: Callable[[], None]) -> None:
 
 
 def load_state(
-    folder: Path, engine: Engine, model: G2VLMForConditionalGeneration, optimizer: torch.optim.Optimizer
+    folder: Path,
+    engine: Engine,
+    model: G2VLMForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    heads: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Put a verified checkpoint into the model and the optimizer; returns the rest of the state.
+    """Put a verified checkpoint into the model, its heads and the optimizer; returns the rest of the state.
 
     Raises:
         CheckpointError: it was made by another model, or trained other groups.
     """
     _load_model(folder, engine, model)
+    if heads is not None:
+        _load_heads(folder, engine, heads)
     moments = load_file(folder / OPTIMIZER)
-    parameters = dict(model.named_parameters())
+    parameters = _named_parameters(model, heads)
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for full_name, tensor in moments.items():
         name, key = full_name.rsplit("/", 1)
@@ -255,6 +266,15 @@ def _load_model(folder: Path, engine: Engine, model: nn.Module) -> None:
         _same_start(folder, stored, split(model, model_state(engine, model))[0])
 
 
+def _load_heads(folder: Path, engine: Engine, heads: nn.Module) -> None:
+    stored = load_file(folder / HEADS) if (folder / HEADS).is_file() else {}
+    own = dict(heads.state_dict())
+    _same_names(folder / HEADS, stored, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(engine.part(stored[name], tensor))
+
+
 def _same_start(folder: Path, stored: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
     """Equal up to the rounding of another machine's products."""
     differ = [name for name in merged if not torch.allclose(stored[name], merged[name], rtol=1e-5, atol=1e-6)]
@@ -270,16 +290,24 @@ def _same_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None
         raise CheckpointError(f"{file} is of another model", why, "resume with the config the run was started with")
 
 
+def _named_parameters(model: nn.Module, heads: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Those of the model by their names, those of the heads by theirs behind `heads.`."""
+    own = {} if heads is None else {f"heads.{name}": parameter for name, parameter in heads.named_parameters()}
+    return {**dict(model.named_parameters()), **own}
+
+
 def model_state(engine: Engine, model: nn.Module) -> dict[str, Tensor]:
     """Name -> full tensor on the CPU."""
     return {name: engine.whole(tensor).contiguous() for name, tensor in model.state_dict().items()}
 
 
-def optimizer_state(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(
+    engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer, heads: nn.Module | None = None
+) -> dict[str, Tensor]:
     """ "parameter/moment" -> full tensor on the CPU."""
     return {
         f"{name}/{key}": engine.whole(value).contiguous()
-        for name, parameter in model.named_parameters()
+        for name, parameter in _named_parameters(model, heads).items()
         if parameter in optimizer.state
         for key, value in optimizer.state[parameter].items()
     }

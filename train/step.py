@@ -26,6 +26,7 @@ class StepResult:
     Args:
         loss: total over all ranks.
         terms: unweighted means over all ranks.
+        counts: how many entries each is the mean of.
         grad_norm: before clipping.
         dropped: None; `spike`: it contributed zero; `nonfinite`: nothing was changed.
         stop: some rank was asked to stop.
@@ -34,6 +35,7 @@ class StepResult:
 
     loss: float
     terms: dict[str, float]
+    counts: dict[str, float]
     grad_norm: float
     dropped: str | None
     stop: bool
@@ -82,20 +84,21 @@ class Trainer:
         report: LossReport = {}
         for objective in self.objectives:
             report |= objective(output, batch)
-        joined, loss, notes = self._join(report, (float(stop), float(bad)))
+        joined, counts, loss, notes = self._join(report, (float(stop), float(bad)))
         total = torch.stack([joined[name] * term.factor for name, term in report.items()]).sum()
         spiked = torch.zeros_like(total, dtype=torch.bool) if spike is None else total > spike
         self.engine.backward(torch.where(spiked, 0.0, 1.0) * loss)
         norm = self.engine.clip(self._parameters(), self.clip)
         # the step's only wait for the device
-        values = torch.stack([total, norm.to(total), spiked.to(total), *notes, *joined.values()]).tolist()
+        values = torch.stack([total, norm.to(total), spiked.to(total), *notes, *joined.values(), *counts]).tolist()
         finite = all(torch.tensor(values[:2]).isfinite().tolist())
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         dropped = "nonfinite" if not finite else "spike" if values[2] else None
-        terms = dict(zip(joined, values[5:], strict=True))
-        return StepResult(values[0], terms, values[1], dropped, stop=values[3] > 0, bad=int(values[4]))
+        terms = dict(zip(joined, values[5 : 5 + len(joined)], strict=True))
+        numbers = dict(zip(joined, values[5 + len(joined) :], strict=True))
+        return StepResult(values[0], terms, numbers, values[1], dropped, stop=values[3] > 0, bad=int(values[4]))
 
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Any], batch: Batch) -> tuple[dict[str, float], G2VLMOutput]:
@@ -104,23 +107,25 @@ class Trainer:
         report: LossReport = {}
         for objective in self.objectives:
             report |= objective(output, batch)
-        joined, _, _ = self._join(report)
+        joined, *_ = self._join(report)
         total = sum(joined[name].item() * term.factor for name, term in report.items())
         return {"loss": total, **{name: value.item() for name, value in joined.items()}}, output
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _join(self, report: LossReport, notes: Sequence[float] = ()) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
-        """Each term's mean over all ranks; this rank's loss, to be averaged; the notes summed over ranks."""
+    def _join(
+        self, report: LossReport, notes: Sequence[float] = ()
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, list[Tensor]]:
+        """Each term's mean and count over all ranks; this rank's loss, to be averaged; the notes summed over ranks."""
         values = torch.stack([term.value for term in report.values()])  # (terms,)
         counts = torch.stack([term.count for term in report.values()]).to(values)
         factors = torch.tensor([term.factor for term in report.values()]).to(values)
         own = torch.cat([values.detach() * counts, counts, counts.new_tensor(notes)])
         sums, totals, noted = self.engine.sum(own).split([len(values), len(values), len(notes)])
-        totals = totals.clamp_min(1)
-        loss = (values * factors * counts * self.engine.world / totals).sum()
-        return dict(zip(report, (sums / totals).unbind(), strict=True)), loss, list(noted.unbind())
+        shares = totals.clamp_min(1)
+        loss = (values * factors * counts * self.engine.world / shares).sum()
+        return dict(zip(report, (sums / shares).unbind(), strict=True)), totals, loss, list(noted.unbind())
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from g2vlm.supervision.base import SupervisedOutput, Supervision
+from g2vlm.supervision.base import Supervision
 from g2vlm.supervision.targets import TeacherTargets
-from train.objectives.report import Batch, LossReport, Term, joined
+from train.objectives.report import LossReport, Term, joined
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,18 @@ class SupervisionObjective(ABC):
 
     @abstractmethod
     def clip_terms(self, prediction: Any, targets: TeacherTargets) -> dict[str, tuple[Tensor, Tensor]]:
-        """Terms of one clip: name (without this objective's) -> mean, and 1 if it has anything valid to compare, else 0.
+        """Terms of one clip: name (without this objective's) -> mean, and 1 if there was anything to compare, else 0.
 
         Everything is computed in float32; a term without anything valid is an exact zero that keeps the graph.
         """
 
-    def __call__(self, output: SupervisedOutput, batch: Batch) -> LossReport:
-        """Terms of a batch; without any supervised clip they are zeros that keep the graph."""
+    def __call__(self, output: Any, batch: Any) -> LossReport:
+        """Terms of a batch; without any supervised clip they are zeros that keep the graph.
+
+        Args:
+            output: a `SupervisedOutput`.
+            batch: with `targets`, one `TeacherTargets` or None for each of its samples.
+        """
         predictions = output.predictions[self.name]
         pairs = [
             (own, targets.detached())

@@ -19,6 +19,7 @@ from g2vlm.data.types import SceneSample
 from g2vlm.processing import normalise_views, sequence_builder
 from g2vlm.semantic_images import semantic_pixels
 from g2vlm.sequence import IGNORED, GeometryAttention, PackedSequence, Segment, SemanticImage, Text
+from g2vlm.supervision.targets import TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class ChatBatch:
         image_grid_thw: (N, 3) their grids; None without any.
         supervised: (L,) the semantic tokens that have a label.
         names, tasks: of the samples, those filled in left out.
+        clips: what the images of every sample show, in the order of the sequence, where it is known; the sample that is
+            filled in has None.
+        targets: what every clip is compared with; None of a sample without any.
     """
 
     sequence: PackedSequence
@@ -56,12 +60,15 @@ class ChatBatch:
     supervised: Tensor
     names: tuple[str, ...]
     tasks: tuple[str, ...]
+    clips: tuple[SceneSample | None, ...] = ()
+    targets: tuple[TeacherTargets | None, ...] = ()
 
     def to(self, device: torch.device | str) -> "ChatBatch":
         """The same batch on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         scenes = tuple(scene.to(device) for scene in self.scenes)
-        return replace(self, **moved, sequence=self.sequence.to(device), scenes=scenes)
+        targets = tuple(own and own.to(device) for own in self.targets)
+        return replace(self, **moved, sequence=self.sequence.to(device), scenes=scenes, targets=targets)
 
     def groups(self) -> list[tuple[list[int], SceneBatch]]:
         """The scenes of equal shape together: their numbers, and one batch of them."""
@@ -92,7 +99,8 @@ def collate_chats(
     images = [sample.images[i] for sample in samples for i in sample.shape.image_order]
     filling = filling or Filling()
     missing, imageless = max(filling.scenes - len(scenes), 0), filling.images and not images
-    if missing or imageless or not samples:
+    filled = missing or imageless or not samples
+    if filled:
         packed.append(_filler(layout, missing, imageless, filling.view_size))
         scenes += [_empty_scene(filling.view_size)] * missing
     pixels, grids = _pixels(images, layout, imageless)
@@ -105,7 +113,16 @@ def collate_chats(
         supervised=(sequence.labels != IGNORED).nonzero().flatten(),
         names=tuple(sample.name for sample in samples),
         tasks=tuple(sample.task for sample in samples),
+        clips=(*(shown_clip(sample) for sample in samples), *[None] * bool(filled)),
     )
+
+
+def shown_clip(sample: ChatSample) -> SceneSample | None:
+    """The clip of a sample in the order in which the conversation shows its images."""
+    order = sample.shape.image_order
+    if sample.clip is None or order == tuple(range(sample.clip.num_views)):
+        return sample.clip
+    return sample.clip.views(torch.tensor(order)) if order else None
 
 
 def chat_inputs(batch: ChatBatch, predict_geometry: bool, predict_global_points: bool = False) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def _filler(layout: ChatLayout, scenes: int, image: bool, view_size: tuple[int, 
     """A sample without loss: a word, scenes of one view, the smallest image."""
     merge = layout.config.semantic_encoder.merge_size
     shown = [SemanticImage((merge, merge), merge)] if image else []
-    return [Text((layout.config.tokens.bos,)), *[layout.views(1, view_size)] * scenes, *shown]
+    return layout.probed([Text((layout.config.tokens.bos,)), *[layout.views(1, view_size)] * scenes, *shown])
 
 
 def _empty_scene(size: tuple[int, int]) -> SceneSample:

@@ -169,7 +169,7 @@ class JumbledRooms:
             view = Shown("this frame" if alone else frame_name(k, count), told(room, mixed, k), under)
             said.append([turn for way in ways for turn in WAYS[way](view, draws)] or cells(view, draws))
         turns = apart(said) if alone else after_images(count, draws.shuffled([turn for view in said for turn in view]))
-        return self.showing.sample(mixed, turns, self.name, self.name, marks)
+        return replace(self.showing.sample(mixed, turns, self.name, self.name, marks), clip=None)
 
 
 def apart(said: Sequence[Sequence[Turn]]) -> list[Turn]:

@@ -12,6 +12,7 @@ from g2vlm.errors import InputError
 from g2vlm.prompts import RECON_PROMPT, ChatTokenizer, Part, chat_segments, later_segments
 from g2vlm.semantic_images import SemanticRule, semantic_grid
 from g2vlm.sequence import GeometryViews, Segment, SemanticImage, segment_length
+from g2vlm.supervision.segments import with_probes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ChatLayout:
         config: the model's.
         rule: of the semantic images' sizes.
         views_prompt: the sentence before the views, as in the model's processor.
+        camera_probes, scale_probe: whether a probe token follows every image, and one more a sample's last.
 
     Raises:
         CheckpointError: the tokenizer is not the model's.
@@ -32,6 +34,8 @@ class ChatLayout:
     config: G2VLMConfig
     rule: SemanticRule
     views_prompt: str = RECON_PROMPT
+    camera_probes: bool = False
+    scale_probe: bool = False
 
     def __post_init__(self) -> None:
         self.tokenizer.require_fits(self.config)
@@ -49,7 +53,11 @@ class ChatLayout:
         segments = chat_segments(self.tokenizer, [*scene, *_shown(first, images)], first.answer)
         for turn in later:
             segments += later_segments(self.tokenizer, _shown(turn, images), turn.answer)
-        return segments
+        return self.probed(segments)
+
+    def probed(self, segments: Sequence[Segment]) -> list[Segment]:
+        """A sample's segments with the probe tokens that a supervision asks for."""
+        return with_probes(segments, self.camera_probes, self.scale_probe)
 
     def views(self, num_views: int, size: Size) -> GeometryViews:
         """The segment of a scene.

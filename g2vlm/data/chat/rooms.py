@@ -56,7 +56,8 @@ class Showing:
         first, *later = turns
         images = tuple(shown_views(scene.images, marks))
         seen = scene if self.geometry else None
-        return ChatSample(first.parts, first.answer, images, seen, f"{name}/{scene.scene}", task, tuple(later))
+        clip = None if self.blank else scene
+        return ChatSample(first.parts, first.answer, images, seen, f"{name}/{scene.scene}", task, tuple(later), clip)
 
 
 class RoomsChats:

@@ -25,10 +25,10 @@ Part = str | ImageAt
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says, text and images in order, and what the model should answer."""
+    """What the user says, text and images in order, and what the model should answer; None: no answer is learned."""
 
     parts: tuple[Part, ...]
-    answer: str
+    answer: str | None
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,31 @@ class ChatSample:
 
     Args:
         parts: of the first turn.
-        answer: of the first turn.
+        answer: of the first turn; None: none is learned, the sample is there for its images.
         images: (H, W, 3) uint8 RGB each, the semantic encoder's copies; marks may be drawn on them.
         scene: the geometry encoder's views, which stand in front of everything else; depth and poses where known.
         name: where it comes from.
         task: what kind of question it is.
         later: further turns.
+        clip: the scene that the images show, view i in image i, with depth and cameras where they are known: what
+            geometric supervision compares with. None: unknown, or the images are not of one scene.
+
+    Raises:
+        ValueError: a clip of another number of views than there are images.
     """
 
     parts: tuple[Part, ...]
-    answer: str
+    answer: str | None
     images: tuple[np.ndarray, ...] = ()
     scene: SceneSample | None = None
     name: str = ""
     task: str = ""
     later: tuple[Turn, ...] = ()
+    clip: SceneSample | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and self.clip.num_views != len(self.images):
+            raise ValueError(f"clip: {self.clip.num_views} views of {len(self.images)} images")
 
     @property
     def shape(self) -> ChatShape:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -13,28 +12,9 @@ from g2vlm.model.decoder import MoTLayer
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.model.recorder import Recorder
 from g2vlm.model.rope import apply_rotary
-from g2vlm.sequence import Grid, PackedSequence, Sample, Segment, SemanticImage, SemanticVideo
+from g2vlm.sequence import Grid, PackedSequence
 from g2vlm.supervision.backbones.base import HeadStates, PerSample, Probes, QueryProjection, Tapped, Taps
 from g2vlm.supervision.backbones.tokens import VisualTokens
-
-
-def with_probes(sample: Sample, camera: bool, scale: bool) -> list[Segment]:
-    """A sample with a camera token after every frame of its images and videos, and one for its scale after the last.
-
-    They lie in the image block that they close, so the rule of its attention is theirs.
-    """
-    segments: list[Segment] = []
-    shown = [i for i, segment in enumerate(sample) if isinstance(segment, SemanticImage | SemanticVideo)]
-    for i, segment in enumerate(sample):
-        closing = int(scale and i in shown[-1:])
-        if isinstance(segment, SemanticImage):
-            segments.append(replace(segment, probes=camera + closing))
-        elif isinstance(segment, SemanticVideo):
-            counts = (int(camera),) * (len(segment.times) - 1)
-            segments.append(replace(segment, probes=(*counts, camera + closing)))
-        else:
-            segments.append(segment)
-    return segments
 
 
 class G2VLMBackbone(nn.Module):

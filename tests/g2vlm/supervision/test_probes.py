@@ -10,7 +10,7 @@ from torch import Tensor
 from g2vlm.model.recorder import Recorder
 from g2vlm.sequence import SemanticVideo, SequenceBuilder, segment_length
 from g2vlm.supervision.backbones import Probes, Taps, backbone_of, split_frames
-from g2vlm.supervision.backbones.g2vlm import with_probes
+from g2vlm.supervision.segments import with_probes
 from tests.g2vlm.packs import CHAT, IMAGES, SPECIAL, TEXT
 from tests.g2vlm.stock import IMAGE
 from tests.g2vlm.supervision.taps import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from g2vlm.processing import sequence_builder
 from g2vlm.sequence import GeometryViews, Grid, SemanticImage, SemanticVideo, Text
-from g2vlm.supervision.backbones.g2vlm import with_probes
+from g2vlm.supervision.segments import with_probes
 from tests.g2vlm.chats import chat_model, deepstack_model
 from tests.g2vlm.stock import IMAGE, TEXT, VIDEO, randomise, vision_model
 
