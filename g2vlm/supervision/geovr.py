@@ -215,12 +215,18 @@ class GeoVR(Supervision):
         aux = AuxTokens(fit.width, config.probe_std, camera=camera, scale=scale) if camera or scale else None
         heads = GeoVRHeadModules(config, fit)
         super().__init__(config, fit, heads, aux)
+        self._blocks = tuple(heads.aligned)
         self._taps = Taps(tuple(sorted({*heads.depth_layers, *heads.aligned.values()})))
 
     @property
     def taps(self) -> Taps:
         """The layers of depth and alignment."""
         return self._taps
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The teacher's blocks whose features are compared."""
+        return self._blocks
 
 
 def depth_layers(config: GeoVRHeads, fit: Fit) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ Shapes: T frames of a clip, H W pixels, h w cells of the teacher's features, C t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal, Self
 
 import torch
@@ -162,12 +161,12 @@ class GeoVRConfig:
                 "relations": self.alignment.weight * self.alignment.relational,
             },
         }
-        kept = {term: _positive(own) for term, own in parts.items() if term in self.heads.terms}
-        return {term: own for term, own in kept.items() if own}
-
-
-def _positive(factors: Mapping[str, float]) -> dict[str, float]:
-    return {name: factor for name, factor in factors.items() if factor}
+        found: dict[TermName, dict[str, float]] = {}
+        for term, own in parts.items():
+            weighty = {name: factor for name, factor in own.items() if factor}
+            if weighty and term in self.heads.terms:
+                found[term] = weighty
+        return found
 
 
 class GeoVRObjective(SupervisionObjective):
@@ -184,7 +183,7 @@ class GeoVRObjective(SupervisionObjective):
         self.config = config
         parts = config.factors()
         super().__init__(module, {name: factor for own in parts.values() for name, factor in own.items()})
-        self.terms = frozenset(parts)
+        self.terms, self.blocks = frozenset(parts), module.blocks
 
     @classmethod
     def build(cls, config: GeoVRConfig, backbone: Backbone, features: TeacherFeatures | None = None) -> Self:
@@ -201,13 +200,12 @@ class GeoVRObjective(SupervisionObjective):
         try:
             module = GeoVR(heads, fit)
         except ValueError as error:
-            raise InputError(
-                "unusable objectives.geovr.heads", str(error), "see configs/extensions/geovr.yaml"
-            ) from None
+            what, fix = "unusable objectives.geovr.heads", "see configs/extensions/geovr.yaml"
+            raise InputError(what, str(error), fix) from None
         module.initialise(backbone)
         return cls(config, module)
 
-    @cached_property
+    @property
     def needs(self) -> Needs:
         """Poses, depth, scale and features as far as there are terms for them."""
         fields: set[str] = set()
@@ -219,7 +217,7 @@ class GeoVRObjective(SupervisionObjective):
             fields |= {"metric_scale"}
         if fields and self.config.normalise:
             fields |= {"cam_to_world", "intrinsics", "depth", "valid"}
-        return Needs(frozenset(fields), self.module.blocks)
+        return Needs(frozenset(fields), self.blocks)
 
     def clip_terms(self, prediction: GeoVRPrediction, targets: TeacherTargets) -> ClipTerms:
         """As in `SupervisionObjective`.
@@ -322,21 +320,19 @@ def scale_terms(scale: Tensor, targets: TeacherTargets, config: ScaleTerm) -> Cl
 def alignment_terms(predicted: Mapping[int, Tensor], targets: TeacherTargets, config: GeoVRConfig) -> ClipTerms:
     """1 - cosine between features (T, rows, columns, C) and the teacher's, averaged on that grid; mean over layers."""
     assert targets.features is not None
-    cosine, relations = [], []
+    cosine, relations, found = [], [], []
     for block, student in predicted.items():
         features = compared_channels(targets.features[block], config.heads.teacher_half)
         teacher = pool_to_grid(features, (student.shape[1], student.shape[2]))
         _same_frames(student, teacher)
         valid = teacher.isfinite().all(-1)
+        found.append(valid.any())
         cosine.append(cosine_loss(student, teacher, valid))
         if config.alignment.relational:
-            cells = (tensor.flatten(1, 2) for tensor in (student, teacher))
-            relations.append(relational_loss(*cells, valid.flatten(1, 2)))
-    counted = cosine[0].new_ones(())
-    terms = {"alignment": (torch.stack(cosine).mean(), counted)}
-    if relations:
-        terms["relations"] = (torch.stack(relations).mean(), counted)
-    return terms
+            relations.append(relational_loss(student.flatten(1, 2), teacher.flatten(1, 2), valid.flatten(1, 2)))
+    parts = {"alignment": cosine, "relations": relations}
+    counted = _counts(torch.stack(found))
+    return {name: (torch.stack(own).mean(), counted) for name, own in parts.items() if own}
 
 
 def _counts(valid: Tensor) -> Tensor:
@@ -346,6 +342,4 @@ def _counts(valid: Tensor) -> Tensor:
 
 def _same_frames(prediction: Tensor, target: Tensor) -> None:
     if len(prediction) != len(target):
-        raise ValueError(
-            f"{len(prediction)} frames of tokens, and targets of {len(target)}; one grid must be one frame"
-        )
+        raise ValueError(f"{len(prediction)} frames of tokens, targets of {len(target)}; one grid must be one frame")
