@@ -15,15 +15,18 @@ class AuxTokens(nn.Module):
         hidden_size: d, the decoder's width.
         initializer_range: standard deviation of the first values; the decoder's own keeps probes at the scale of other
             embeddings.
+        camera, scale: which of them there are; at least one.
     """
 
-    def __init__(self, hidden_size: int, initializer_range: float = 0.02):
+    def __init__(self, hidden_size: int, initializer_range: float = 0.02, *, camera: bool = True, scale: bool = True):
         super().__init__()
-        self.camera = nn.Parameter(torch.empty(2, hidden_size))
-        self.scale = nn.Parameter(torch.empty(hidden_size))
-        for vector in self.parameters():
-            nn.init.normal_(vector, std=initializer_range)
+        self.camera = _vector(initializer_range, 2, hidden_size) if camera else None
+        self.scale = _vector(initializer_range, hidden_size) if scale else None
 
     def forward(self) -> Probes:
         """What a backbone inserts."""
         return Probes(self.camera, self.scale)
+
+
+def _vector(std: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * std)

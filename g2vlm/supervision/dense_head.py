@@ -335,18 +335,34 @@ class MLPHead(nn.Module):
         return _prediction(values, confidence, self.activation, batch)
 
 
-def depth_head(kind: DepthHeadKind, hidden_size: int, patch_size: int, *, confidence: bool) -> DPT | MLPHead:
+def depth_head(
+    kind: DepthHeadKind,
+    hidden_size: int,
+    patch_size: int,
+    *,
+    confidence: bool,
+    widths: DPTWidths = DEFAULT_WIDTHS,
+    mlp_dim: int = 1024,
+) -> DPT | MLPHead:
     """One of the three depth heads of GeoVR's Table 5.
+
+    Args:
+        kind: which.
+        hidden_size: d.
+        patch_size: p, without effect on `dpt`.
+        confidence: whether to predict one.
+        widths: of `dense` and `dpt`.
+        mlp_dim: inner width of `mlp`.
 
     Raises:
         ValueError: no such kind.
     """
     if kind == "dense":
-        return DenseHead(hidden_size, patch_size, confidence=confidence)
+        return DenseHead(hidden_size, patch_size, confidence=confidence, widths=widths)
     if kind == "dpt":
-        return DPTHead(hidden_size, confidence=confidence)
+        return DPTHead(hidden_size, confidence=confidence, widths=widths)
     if kind == "mlp":
-        return MLPHead(hidden_size, patch_size, confidence=confidence)
+        return MLPHead(hidden_size, patch_size, confidence=confidence, inner_dim=mlp_dim)
     raise ValueError(f"depth head: given {kind!r}, must be one of {', '.join(get_args(DepthHeadKind))}")
 
 
