@@ -54,9 +54,9 @@ from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.processing import sequence_builder
 from g2vlm.semantic_images import semantic_grid
 from g2vlm.sequence import IGNORED, GeometryViews, Segment, SemanticImage, Text
+from train.assemble import build_objectives
 from train.config import RunConfig, load_config
 from train.engine import Engine, engine
-from train.loop import build_objectives
 from train.objectives.geometry import recon_batch_inputs
 from train.optim import build_optimizer
 from train.step import Trainer

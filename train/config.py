@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from g2vlm.errors import InputError
 from g2vlm.semantic_images import SemanticRule
 from geometry import GeometryLossWeights
+from train.objectives.geovr import GeoVRConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tiny_stage1.yaml"
 
@@ -49,10 +50,12 @@ class ObjectivesConfig:
     Args:
         geometry: points, normals and cameras (G2VLM eq. 2).
         language: answers to questions; needs data.chat.
+        geovr: camera, depth, metric scale and features of a teacher, from probe tokens and layers (GeoVR).
     """
 
     geometry: GeometryConfig | None = field(default_factory=GeometryConfig)
     language: LanguageConfig | None = None
+    geovr: GeoVRConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,13 @@ class Sharded(Replicated):
         mesh = init_device_mesh(self.device.type, (self.world,))
         low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-        for module in list(model.modules()):
-            if isinstance(module, Heads) or type(module).__name__ in _FLOAT32:
-                fully_shard(module, mesh=mesh, mp_policy=full)
-            elif type(module).__name__ in _SHARDED:
-                fully_shard(module, mesh=mesh, mp_policy=low)
+        supervision = [module for module in model.modules() if isinstance(module, Heads)]
+        for heads in supervision:
+            fully_shard(heads, mesh=mesh, mp_policy=full)
+        sharded = {part for heads in supervision for part in heads.modules()}
+        for module in [own for own in model.modules() if own not in sharded]:
+            if type(module).__name__ in _SHARDED + _FLOAT32:
+                fully_shard(module, mesh=mesh, mp_policy=full if type(module).__name__ in _FLOAT32 else low)
         fully_shard(model, mesh=mesh, mp_policy=low)
         return model
 

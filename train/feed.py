@@ -236,10 +236,9 @@ def build_feed(
     mixed = varied and model.config.geometry_attention == "mixed"
     global_points = geometry is not None and bool(geometry.global_points)
     if isinstance(source, ChatMixture):
-        offline, online, probes = None, None, (False, False)
-        if supervision is not None:
-            offline, online, probes = supervision.offline, supervision.online, supervision.probes
-        dataset = PackDataset(build_stream(config, source, model, seed, probes), augment, mixed, offline)
+        offline, online = (None, None) if supervision is None else (supervision.offline, supervision.online)
+        stream = build_stream(config, source, model, seed, supervision)
+        dataset = PackDataset(stream, augment, mixed, offline)
         global_points = global_points and model.config.heads.global_points
         return ChatFeed(dataset, engine.rank, engine.world, geometry is not None, global_points, online)
     sampler = build_sampler(config.data, source, seed, model.config)
@@ -262,15 +261,23 @@ def build_sampler(config: DataConfig, source: SceneSource, seed: int, model: G2V
 
 
 def build_stream(
-    config: RunConfig, mixture: ChatMixture, model: G2VLMForConditionalGeneration, seed: int, probes: tuple[bool, bool]
+    config: RunConfig,
+    mixture: ChatMixture,
+    model: G2VLMForConditionalGeneration,
+    seed: int,
+    supervision: SupervisionParts | None = None,
 ) -> PackStream:
-    """The stream of packs of a run, with camera and scale tokens where `probes` says so; errors as in `build_feed`."""
+    """The stream of packs of a run; errors as in `build_feed`."""
     chat = config.data.chat
     assert chat is not None
     processor = processor_of(model.config)
     rule = processor.rule if chat.images is None else chat.images
     prompt = processor.views_prompt if chat.views_prompt is None else chat.views_prompt
+    probes = (False, False) if supervision is None else supervision.probes
     layout = ChatLayout(processor.chat, model.config, rule, prompt, *probes)
     layout.views(1, chat.view_size)
     apart = model.geometry_encoder.keeps_images_apart
-    return PackStream(mixture, layout, seed, chat.tokens_per_pack, chat.view_size, scenes_alone=not apart)
+    return PackStream(
+        mixture, layout, seed, chat.tokens_per_pack, chat.view_size,
+        scenes_alone=not apart, always_image=supervision is not None,
+    )  # fmt: skip

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from g2vlm.data.types import SceneSource
-from g2vlm.errors import InputError, Stopped, TrainingAborted
+from g2vlm.errors import Stopped, TrainingAborted
 from g2vlm.model.attention.health import watch_attention
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import staged_folder, write_errors
-from g2vlm.supervision.backbones import backbone_of
-from g2vlm.supervision.base import SupervisedModel, Supervision
+from g2vlm.supervision.base import Supervision
 from g2vlm.supervision.saved import write_supervision
 from g2vlm.weights import read_json
+from train.assemble import Assembled, assemble
 from train.changes import check_changes
 from train.config import RunConfig, plain
 from train.engine import Engine
@@ -30,17 +30,12 @@ from train.feed import VALIDATION_SEED, Feed, build_feed
 from train.loader import LoadedBatch
 from train.log import Console, RunLog, write_run
 from train.lora import split, write_adapters
-from train.objectives.geometry import GeometryObjective
-from train.objectives.language import LanguageObjective
-from train.objectives.report import Objective
-from train.objectives.supervision import SupervisionParts, check_needs, supervision_of, wanted
-from train.optim import build_optimizer, learning_rate, set_learning_rate
+from train.objectives.supervision import check_needs
+from train.optim import learning_rate, set_learning_rate
 from train.packing import ChatMixture
 from train.pictures import save_picture
-from train.start import starting_model
 from train.state import STATE, Checkpoints, load_state, model_state, save_state, write_model
 from train.step import Guard, Trainer
-from train.trainable import checkpoint_activations, set_trainable
 
 log = logging.getLogger(__name__)
 
@@ -129,30 +124,16 @@ class Run:
         """Build everything; go on from the newest checkpoint when `runtime.resume` says so."""
         runtime = config.runtime
         torch.manual_seed(runtime.seed)
-        model = starting_model(config)
-        trained = set_trainable(model, config.trainable)
-        backbone = backbone_of(model)
-        supervision = supervision_of(config, backbone)
+        parts = assemble(config, engine)
+        model, supervision = parts.model, parts.supervision
         if supervision is not None and isinstance(source, ChatMixture):
             check_needs(source.sources, supervision)
-        if runtime.gradient_checkpointing:
-            checkpoint_activations(model)
-        whole = model if supervision is None else SupervisedModel(backbone, supervision.modules)
-        trainer = Trainer(
-            engine,
-            engine.wrap(whole),
-            build_optimizer(model, trained, config.trainable, config.optim, head_groups(config, supervision)),
-            [*build_objectives(config), *(supervision.objectives.values() if supervision else ())],
-            config.optim.clip,
-        )
         checkpoints, guard = Checkpoints(folder / "checkpoints", runtime.keep), Guard(config.guards)
         data, held_out = build_feed(config, source, model, engine, runtime.seed, supervision=supervision), None
         if validation is not None:
             held_out = build_feed(config, validation, model, engine, VALIDATION_SEED, False, supervision)
-        heads = whole.supervisions if isinstance(whole, SupervisedModel) else None
-        resumed = runtime.resume == "auto"
-        done, place = resume(checkpoints, config, trainer, model, heads, guard) if resumed else (0, 0)
-        return cls(config, folder, model, heads, trainer, data, held_out, checkpoints, guard,
+        done, place = resume(checkpoints, config, parts, guard) if runtime.resume == "auto" else (0, 0)
+        return cls(config, folder, model, parts.heads, parts.trainer, data, held_out, checkpoints, guard,
                    RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done, place)  # fmt: skip
 
     def train(self, asked: threading.Event) -> None:
@@ -266,43 +247,7 @@ def seed_generators(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def head_groups(config: RunConfig, supervision: SupervisionParts | None) -> dict[str, tuple[Supervision, float]]:
-    """Name -> modules of a supervision and the multiplier of their learning rate."""
-    if supervision is None:
-        return {}
-    return {name: (own, getattr(config.objectives, name).lr) for name, own in supervision.modules.items()}
-
-
-def build_objectives(config: RunConfig) -> list[Objective]:
-    """The objectives that are on, geometric supervision left out.
-
-    Raises:
-        InputError: none is, or one has no data.
-    """
-    chat, supervised = config.data.chat, bool(wanted(config.objectives))
-    chosen = config.objectives
-    idle = chat is not None and chosen.language is None and not supervised
-    if idle or (chosen.language is not None and chat is None):
-        given, lacking = ("data.chat", "objectives.language") if chat else ("objectives.language", "data.chat")
-        raise InputError(f"{given} without {lacking}", "questions and the loss of their answers go together", "")
-    objectives: list[Objective] = []
-    if chosen.language is not None:
-        objectives.append(LanguageObjective(chosen.language))
-    if chosen.geometry is not None:
-        objectives.append(GeometryObjective(chosen.geometry))
-    if not objectives and not supervised:
-        raise InputError("nothing to minimise", "every objective is null", "give objectives.geometry")
-    return objectives
-
-
-def resume(
-    checkpoints: Checkpoints,
-    config: RunConfig,
-    trainer: Trainer,
-    model: G2VLMForConditionalGeneration,
-    heads: nn.Module | None,
-    guard: Guard,
-) -> tuple[int, int]:
+def resume(checkpoints: Checkpoints, config: RunConfig, parts: Assembled, guard: Guard) -> tuple[int, int]:
     """Load the newest checkpoint that verifies, naming what was refused; returns its step and where its data go on.
 
     Without any both are 0.
@@ -310,7 +255,7 @@ def resume(
     Raises:
         InputError: the checkpoint was made with another config; nothing was changed.
     """
-    engine = trainer.engine
+    trainer, engine = parts.trainer, parts.trainer.engine
     found, refused = checkpoints.newest()
     for reason in refused.values():
         log.warning("%s", reason)
@@ -323,7 +268,7 @@ def resume(
     if found is None:
         log.info("no checkpoint in %s: starting anew", checkpoints.folder)
         return 0, 0
-    state = load_state(checkpoints.path(found), engine, model, trainer.optimizer, heads)
+    state = load_state(checkpoints.path(found), engine, parts.model, trainer.optimizer, parts.heads)
     guard.restore(state["guard"])
     log.info("going on from %s", checkpoints.path(found))
     return found, state.get("place", found)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,12 +10,20 @@ from torch import nn
 from train.config import OptimConfig, ScheduleConfig
 
 
+class HeadGroup(NamedTuple):
+    """What trains with a model without being part of it, and the multiplier of its learning rate."""
+
+    name: str
+    module: nn.Module
+    multiplier: float
+
+
 def build_optimizer(
     model: nn.Module,
     trained: Mapping[str, Sequence[str]],
     multipliers: Mapping[str, float],
     config: OptimConfig,
-    heads: Mapping[str, tuple[nn.Module, float]] | None = None,
+    heads: Sequence[HeadGroup] = (),
 ) -> torch.optim.AdamW:
     """AdamW with one parameter group per trained group; a group's entry `multiplier` scales its learning rate.
 
@@ -23,7 +32,7 @@ def build_optimizer(
         trained: group -> names of its parameters.
         multipliers: of every group.
         config: of the optimizer.
-        heads: name -> what trains with the model without being part of it, and its multiplier.
+        heads: one more group each.
     """
     parameters = dict(model.named_parameters())
     groups = [
@@ -31,8 +40,8 @@ def build_optimizer(
         for group, names in trained.items()
     ]
     groups += [
-        {"params": [*own.parameters()], "multiplier": multiplier, "name": f"heads.{name}"}
-        for name, (own, multiplier) in (heads or {}).items()
+        {"params": [*own.module.parameters()], "multiplier": own.multiplier, "name": f"heads.{own.name}"}
+        for own in heads
     ]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True

@@ -104,6 +104,7 @@ class PackStream:
         tokens_per_pack: most tokens of a process in a step.
         view_size: (H, W) of all views.
         scenes_alone: the geometry encoder is called for each scene (windows that straddle images), not once for all.
+        always_image: every pack has an image, so that heads on image tokens always have something to run on.
     """
 
     mixture: ChatMixture
@@ -112,6 +113,7 @@ class PackStream:
     tokens_per_pack: int = 40_960
     view_size: Size = (518, 518)
     scenes_alone: bool = False
+    always_image: bool = False
 
     def item(self, number: int) -> Item:
         """The item at a place of the stream."""
@@ -190,7 +192,7 @@ class PackStream:
     def _filling(self, dealt: Sequence[Pack]) -> Filling:
         most = max(pack.num_scenes for pack in dealt)
         scenes = most if self.scenes_alone else min(most, 1)
-        return Filling(scenes, any(pack.num_images for pack in dealt), self.view_size)
+        return Filling(scenes, self.always_image or any(pack.num_images for pack in dealt), self.view_size)
 
 
 def _pack(items: list[Item], shapes: list[tuple[ChatShape, int]], end: int, bad: list[BadSample]) -> Pack:

@@ -18,6 +18,7 @@ from g2vlm.prompts import ChatTokenizer
 from g2vlm.semantic_images import SemanticRule
 from tests.train.runs import mini_config
 from tests.train.scenes import BoxRooms
+from train.assemble import build_objectives
 from train.config import (
     ChatConfig,
     ChatSourceConfig,
@@ -32,7 +33,6 @@ from train.config import (
     ScheduleConfig,
 )
 from train.engine import Engine
-from train.loop import build_objectives
 from train.optim import build_optimizer
 from train.packing import ChatMixture, PackStream
 from train.start import starting_model

@@ -19,9 +19,10 @@ from g2vlm.weights import read_json
 from tests.train.chats import CE, CE_CE, COLOURS, VG_CE, Colours, chat_run, chat_steps, chat_trainer, pack
 from tests.train.scenes import BoxRooms
 from tests.train.test_state import equal_runs
+from train.assemble import build_objectives
 from train.config import GeometryConfig, RunConfig
 from train.engine import engine
-from train.loop import build_objectives, train
+from train.loop import train
 from train.optim import learning_rate, set_learning_rate
 from train.packing import ChatMixture
 from train.trainable import group_of

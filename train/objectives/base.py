@@ -62,7 +62,7 @@ class SupervisionObjective(ABC):
         """
 
     def __call__(self, output: Any, batch: Any) -> LossReport:
-        """Terms of a batch; without any supervised clip they are zeros that keep the graph.
+        """Terms of a batch; a clip that lacks something needed counts nowhere, and without any, zeros keep the graph.
 
         Args:
             output: a `SupervisedOutput`.
@@ -72,7 +72,7 @@ class SupervisionObjective(ABC):
         pairs = [
             (own, targets.detached())
             for own, targets in zip(predictions, batch.targets, strict=True)
-            if own is not None and targets is not None
+            if own is not None and targets is not None and not self.needs.missing(targets)
         ]
         if not pairs:
             zero = torch.stack([0 * tensor.float().sum() for tensor in tensors_of(predictions)]).sum()

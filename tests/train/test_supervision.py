@@ -1,0 +1,223 @@
+"""Geometric supervision in a run: what trains, what is saved, what is left in the exported model."""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import g2vlm
+from g2vlm.data.chat.batch import chat_inputs, collate_chats
+from g2vlm.data.chat.types import ChatSource
+from g2vlm.errors import CheckpointError, InputError
+from g2vlm.supervision.saved import load_supervision, saved_names
+from tests.train.chats import layout
+from tests.train.clips import GEOVR, BoxClips, clip_inputs, clip_pack, clip_run, clip_steps
+from tests.train.test_state import equal_runs
+from train.assemble import Assembled, assemble
+from train.config import RunConfig, TeacherConfig
+from train.engine import Engine, engine
+from train.loop import train
+from train.objectives.geovr import CameraTerm, ScaleTerm
+from train.objectives.supervision import check_needs
+from train.packing import ChatMixture
+from train.state import HEADS
+
+WORDS = BoxClips(views=0, name="words")
+SILENT = BoxClips(asked=False, name="silent")
+
+
+def run(config: RunConfig, folder: Path, *sources: ChatSource) -> None:
+    sources = sources or (BoxClips(), SILENT, WORDS)
+    with engine("ddp", "cpu") as one:
+        mixture = ChatMixture(sources, (1.0,) * len(sources))
+        train(config, one, folder, mixture, ChatMixture((BoxClips(num_samples=4),), (1.0,)))
+
+
+def parts_of(config: RunConfig) -> Assembled:
+    torch.manual_seed(0)
+    return assemble(config, Engine(torch.device("cpu")))
+
+
+def gradients(config: RunConfig, sources: Sequence[BoxClips]) -> dict[str, Tensor]:
+    """Of one step, of the model and of the heads, before clipping."""
+    parts, kept = parts_of(config), {}
+    assert parts.supervision is not None
+    assert parts.heads is not None
+    modules = {"": parts.model, "heads.": parts.heads}
+
+    def keep(parameters: Any, max_norm: float) -> Tensor:
+        for prefix, module in modules.items():
+            for name, parameter in module.named_parameters():
+                if parameter.grad is not None:
+                    kept[prefix + name] = parameter.grad.clone()
+        return torch.tensor(torch.nan)
+
+    parts.trainer.engine.clip = keep
+    clip_steps(parts.trainer, [clip_pack([own.load(i, i) for i, own in enumerate(sources)], parts.supervision)])
+    return kept
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of four steps."""
+    folder = tmp_path_factory.mktemp("supervised") / "run"
+    run(clip_run(), folder)
+    return folder
+
+
+def test_a_run_logs_every_term_with_its_count(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    terms = {f"geovr.{name}" for name in ("translation", "rotation", "field_of_view", "depth", "depth_gradient")}
+    assert all(terms | {"geovr.scale", "language"} == line["counts"].keys() for line in steps)
+    assert all(line["counts"]["geovr.depth"] <= line["samples"] for line in steps)
+    assert max(line["counts"]["geovr.depth"] for line in steps) > 0
+    assert {line["counts"]["geovr.scale"] for line in steps} == {0}  # the box rooms have no metric scale
+    assert all(line["geovr.scale"] == 0 for line in steps)
+    assert terms <= next(line for line in lines if line["kind"] == "validation").keys()
+
+
+def test_resumed_is_undisturbed(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "checkpoints/step-00000002", tmp_path / "run/checkpoints/step-00000002")
+    shutil.copy(finished / "log.jsonl", tmp_path / "run/log.jsonl")
+    run(clip_run(resume="auto", workers=2), tmp_path / "run")
+    equal_runs(finished, tmp_path / "run", 4)
+    one, other = (load_file(folder / "checkpoints/step-00000004" / HEADS) for folder in (finished, tmp_path / "run"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_without_these_heads_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "checkpoints/step-00000004", tmp_path / "run/checkpoints/step-00000004")
+    wider = replace(GEOVR, heads=replace(GEOVR.heads, terms=("depth",)))
+    config = clip_run(6, resume="auto", changes=("objectives",))
+    with pytest.raises(CheckpointError, match="of another model"):
+        run(replace(config, objectives=replace(config.objectives, geovr=wider)), tmp_path / "run")
+
+
+def test_the_exported_model_has_no_trace_of_the_heads(finished: Path) -> None:
+    """Its tensors are those of a model that never had any; the heads lie beside it and are built again from there."""
+    weights = load_file(finished / "model/model.safetensors")
+    plain = parts_of(clip_run()).model
+    assert weights.keys() == plain.state_dict().keys()
+    assert not (finished / "model" / HEADS).exists()
+    loaded = g2vlm.load(finished / "model", device="cpu").model
+    assert [type(own) for own in loaded.modules()] == [type(own) for own in plain.modules()]
+    assert saved_names(finished / "heads") == ["geovr"]
+    heads = load_supervision(finished / "heads", "geovr").state_dict()
+    stored = load_file(finished / "checkpoints/step-00000004" / HEADS)
+    assert all(torch.equal(heads[name.removeprefix("geovr.")], tensor) for name, tensor in stored.items())
+
+
+def test_supervised_logits_are_those_of_the_plain_model() -> None:
+    """The heads change nothing before the first step; without probe tokens not even the sequence."""
+    config = clip_run()
+    blind = replace(GEOVR, camera=CameraTerm(weight=0), scale=ScaleTerm(weight=0))
+    parts = parts_of(replace(config, objectives=replace(config.objectives, geovr=blind)))
+    assert parts.supervision is not None
+    assert parts.supervision.probes == (False, False)
+    batch = collate_chats([BoxClips().load(0, 0)], layout())
+    batch = replace(batch, targets=clip_pack([BoxClips().load(0, 0)], parts.supervision).targets)
+    expected = parts.model(**chat_inputs(batch, False)).logits
+    assert torch.equal(parts.trainer.model(**clip_inputs(batch)).logits, expected)
+
+
+def test_geometry_alone_trains_without_answers(tmp_path: Path) -> None:
+    """Clips without text, and no language loss at all; its head and embeddings keep their bits."""
+    config = clip_run(4, {"semantic_expert": 1.0}, language=False)
+    run(config, tmp_path / "run", SILENT)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    assert len(losses) == 4
+    assert all(torch.tensor(losses).isfinite())
+    before, after = parts_of(config).model.state_dict(), load_file(tmp_path / "run/model/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("decoder.") for name in changed)
+    assert not any(name.startswith(("lm_head", "embed_tokens")) for name in changed)
+
+
+def test_unlabelled_clips_add_to_the_gradient_of_answers() -> None:
+    """Semi-supervised: the language term is that of the labelled samples, the geometric one of all."""
+    parts = parts_of(clip_run())
+    assert parts.supervision is not None
+    labelled = clip_pack([BoxClips().load(0, 0)], parts.supervision)
+    both = clip_pack([BoxClips().load(0, 0), SILENT.load(3, 3)], parts.supervision)
+    silent = clip_pack([SILENT.load(3, 3)], parts.supervision)
+    one, two, none = (parts.trainer.evaluate(clip_inputs(own), own)[0] for own in (labelled, both, silent))
+    assert two["language"] == pytest.approx(one["language"], rel=1e-5)
+    assert none["language"] == 0
+    for term in ("geovr.depth", "geovr.rotation"):
+        assert two[term] == pytest.approx((one[term] + none[term]) / 2, rel=1e-4)
+
+
+def test_a_batch_without_clips_leaves_the_heads_a_gradient_of_zero() -> None:
+    kept = gradients(clip_run(), [WORDS, BoxClips(depth=False)])
+    heads = {name: gradient for name, gradient in kept.items() if name.startswith("heads.")}
+    parts = parts_of(clip_run())
+    assert parts.heads is not None
+    assert {f"heads.{name}" for name, _ in parts.heads.named_parameters()} == heads.keys()
+
+
+def test_terms_compose_to_the_sum_of_their_gradients() -> None:
+    config = clip_run()
+
+    def with_terms(**changes: Any) -> RunConfig:
+        own = replace(GEOVR, scale=ScaleTerm(weight=0), **changes)
+        return replace(config, objectives=replace(config.objectives, geovr=own))
+
+    sources = [BoxClips(), SILENT]
+    # a term without weight has no head, and then other random numbers make the others: tiny weights stand for none
+    faint = {"camera": CameraTerm(weight=1e-30), "depth": replace(GEOVR.depth, weight=1e-30)}
+    language = gradients(with_terms(**faint), sources)
+    both = gradients(with_terms(), sources)
+    camera = gradients(with_terms(**{**faint, "camera": GEOVR.camera}), sources)
+    depth = gradients(with_terms(**{**faint, "depth": GEOVR.depth}), sources)
+    for name, gradient in both.items():
+        if name.startswith("heads."):
+            continue
+        expected = camera[name] + depth[name] - language[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_one_batch_is_overfitted() -> None:
+    parts = parts_of(replace(clip_run(), optim=replace(clip_run().optim, lr=3e-3)))
+    assert parts.supervision is not None
+    batch = clip_pack([BoxClips().load(index, index) for index in range(3)], parts.supervision)
+    for group in parts.trainer.optimizer.param_groups:
+        group["lr"] = 3e-3
+    results = clip_steps(parts.trainer, [batch] * 80)
+    first, last = results[0].terms, results[-1].terms
+    assert last["language"] < 0.1 * first["language"]
+    assert last["geovr.depth"] < 0.6 * first["geovr.depth"]  # from two by two tokens of a view
+    assert last["geovr.rotation"] < 0.3 * first["geovr.rotation"]
+
+
+def test_missing_targets_are_named_before_anything_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match=r"objectives\.geovr cannot learn from box_clips\n.*depth.*ground_truth"):
+        run(clip_run(), tmp_path / "run", BoxClips(depth=False))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"nothing to learn from\n.*words"):
+        run(clip_run(), tmp_path / "run", WORDS)
+    with pytest.raises(InputError, match=r"objectives\.geovr without data\.chat"):
+        assemble(replace(clip_run(), data=RunConfig().data), Engine(torch.device("cpu")))
+    with pytest.raises(InputError, match="ground_truth"):
+        assemble(replace(clip_run(), teachers=(TeacherConfig("ground_trut"),)), Engine(torch.device("cpu")))
+    supervision = parts_of(clip_run()).supervision
+    assert supervision is not None
+    with caplog.at_level(logging.INFO):
+        check_needs([BoxClips(), WORDS], supervision)
+    assert "words shows no clips" in caplog.text
+
+
+def test_only_what_is_named_trains(finished: Path) -> None:
+    before, after = parts_of(clip_run()).model.state_dict(), load_file(finished / "model/model.safetensors")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "embed_tokens", "lm_head"}
