@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from g2vlm.errors import G2VLMError
 
-MODULES = {"ask": "g2vlm.chat_commands", "chat": "g2vlm.chat_commands"}
+MODULES = {"ask": "g2vlm.chat_commands", "chat": "g2vlm.chat_commands", "lift": "g2vlm.lift_commands"}
 """Where commands are that are not in g2vlm.commands."""
 FORMATS = ("scene", "ply", "glb", "depth", "cameras", "preview")
 
@@ -28,6 +28,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("recon", _recon_parser(), help="photos of one scene -> points, depth, normals, cameras")
     commands.add_subcommand("ask", _ask_parser(), help="questions about photos -> answers")
     commands.add_subcommand("chat", _chat_parser(), help="a conversation about photos")
+    commands.add_subcommand("lift", _lift_parser(), help="points, depth and cameras out of a VLM's hidden states")
     commands.add_subcommand("convert", _convert_parser(), help="checkpoints between the released layout and ours")
     commands.add_subcommand("info", _info_parser(), help="what a model or a reconstruction holds")
     data = ArgumentParser(description="Check data sets and look at them.")
@@ -89,6 +90,27 @@ def _add_answering(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer; above: random ones")
     parser.add_argument("--seed", type=int, default=0, help="of random answers")
     _add_device(parser)
+
+
+def _lift_parser() -> ArgumentParser:
+    parser = _parser(
+        "Show what a model knows of a scene: heads that supervised it in training read its hidden states.",
+        "g2vlm lift photos/ -m runs/tiny_spatialsv/model --heads runs/tiny_spatialsv/model/heads/spatialsv -o out/lift",
+    )
+    parser.add_argument("images", nargs="+", help="folders, files or glob patterns; folders in natural order")
+    parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")
+    parser.add_argument("--heads", required=True, type=Path, help="FOLDER/NAME of the saved heads")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--from", help="depth or points; default: depth if the heads can place it, else points")
+    parser.add_argument("--geometry", choices=["on", "off"], default="on", help="off: the semantic expert alone")
+    parser.add_argument("--width", type=int, help="width in pixels that views are brought to; default: the model's")
+    parser.add_argument("--max-views", type=int, help="use at most this many images, evenly chosen")
+    parser.add_argument("--skip-bad", action="store_true", help="continue without unreadable images")
+    parser.add_argument("--max-context", type=int, default=32_768, help="images and prompt, in tokens")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS, help="what to write")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    _add_device(parser)
+    return parser
 
 
 def _add_device(parser: ArgumentParser) -> None:
