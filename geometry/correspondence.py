@@ -7,7 +7,7 @@ border, and its centre is at (j, i) in continuous cell coordinates.
 Shape legend: ... any batch, T views of one scene, P points, H W pixels, h w cells.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,22 @@ class VisibilityRule:
     relative: float = 0.05
     slack: float = 0.0
     min_depth: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrackRule:
+    """Which points of a view are followed through a clip, and what counts as seeing them again (GASP).
+
+    Args:
+        grids: rows and columns of the regular grids of points. The points of an 8 x 8 grid are among those of a
+            24 x 24 grid: with both, they count twice.
+        visibility: when a view shows a point.
+        max_cycle_error: pixels that a point may be off after the way there and back; inf checks nothing.
+    """
+
+    grids: tuple[tuple[int, int], ...] = ((8, 8), (24, 24))
+    visibility: VisibilityRule = field(default_factory=VisibilityRule)
+    max_cycle_error: float = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +153,15 @@ def keep_consistent(tracks: Tracks, error: Tensor, max_error: float = 2.0) -> Tr
     return replace(tracks, visible=tracks.visible & (error <= max_error))
 
 
+def grid_tracks(depth: Tensor, K: Tensor, world_to_cam: Tensor, rule: TrackRule, *, anchor: int = 0) -> Tracks:
+    """The tracks of a rule's points, grid after grid; arguments as of `tracks_from_depth`."""
+    image_size = (depth.shape[1], depth.shape[2])
+    pixels = torch.cat([grid_pixels(image_size, grid, device=depth.device) for grid in rule.grids])
+    tracks = tracks_from_depth(depth, K, world_to_cam, pixels, rule.visibility, anchor=anchor)
+    error = cycle_error(tracks, depth, K, world_to_cam, anchor=anchor)
+    return keep_consistent(tracks, error, rule.max_cycle_error)
+
+
 def cell_coordinates(points: Tensor, image_size: Size, grid_size: Size) -> Tensor:
     """Continuous cell coordinates of pixel coordinates (..., 2), the centre of cell (i, j) at (j, i).
 
@@ -153,6 +178,33 @@ def cell_index(points: Tensor, image_size: Size, grid_size: Size) -> Tensor:
     rows, columns = grid_size
     column, row = torch.floor(cell_coordinates(points, image_size, grid_size) + 0.5).unbind(-1)
     return row.clamp(0, rows - 1).long() * columns + column.clamp(0, columns - 1).long()
+
+
+def cell_depth(depth: Tensor, valid: Tensor, grid_size: Size) -> tuple[Tensor, Tensor]:
+    """Mean depth of the pixels in each cell, those without depth left out (GASP).
+
+    A pixel belongs to the cell that holds its centre.
+
+    Args:
+        depth: (T, H, W), anything where not valid.
+        valid: (T, H, W) bool.
+        grid_size: (h, w).
+
+    Returns:
+        Means (T, h * w), row by row, 0 in a cell without a valid pixel; and which cells have one, (T, h * w) bool.
+    """
+    rows, columns = (
+        _members(pixels, cells, depth) for pixels, cells in zip(depth.shape[1:], grid_size, strict=True)
+    )  # (h, H), (w, W)
+    with torch.autocast(depth.device.type, enabled=False):
+        total, count = (rows @ values @ columns.T for values in (torch.where(valid, depth, 0), valid.to(depth.dtype)))
+    return (total / count.clamp_min(1)).flatten(1), (count > 0).flatten(1)
+
+
+def _members(pixels: int, cells: int, like: Tensor) -> Tensor:
+    """Which of a line's pixels each of its cells has: (cells, pixels), 1 or 0."""
+    owner = (2 * torch.arange(pixels, device=like.device) + 1) * cells // (2 * pixels)
+    return (owner == torch.arange(cells, device=like.device)[:, None]).to(like.dtype)
 
 
 def _depth_around(depth: Tensor, points: Tensor) -> Tensor:

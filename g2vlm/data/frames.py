@@ -128,20 +128,17 @@ class FrameSource(ABC):
         """
         rng = np.random.default_rng(request.seed)
         candidates = view_candidates(self.num_views(scene), request.num_views, self.window, rng)
-        frames: list[Frame] = []
-        for index in candidates:
-            if len(frames) == request.num_views:
-                break
-            if (frame := self._read_or_skip(scene, index)) is not None:
-                frames.append(frame)
-        if len(frames) < request.num_views:
-            raise InputError(
-                f"too few views in scene  {self.facts(scene).name}",
-                f"{len(frames)} readable of {len(candidates)}, {request.num_views} asked for",
-                "ask for fewer views, or leave the scene out",
-            )
+        frames = self._first_readable(scene, candidates, request.num_views)
         zooms = [draw_zoom(rng) if self.focal_jitter else 1.0 for _ in frames]
         return assemble(frames, self.facts(scene), request.size, zooms=zooms)
+
+    def load_first(self, scene: int, indices: Sequence[int], num_views: int, size: tuple[int, int]) -> SceneSample:
+        """The first `num_views` readable ones of these frames, in this order; for whoever chooses frames.
+
+        Raises:
+            InputError, TooManyBadFiles: as `load`.
+        """
+        return assemble(self._first_readable(scene, indices, num_views), self.facts(scene), size)
 
     def load_views(self, scene: int, indices: Sequence[int], size: tuple[int, int], fit: Fit = "crop") -> SceneSample:
         """Exactly these frames in this order, nothing random: for evaluation and pictures.
@@ -150,6 +147,21 @@ class FrameSource(ABC):
             InputError: one of them cannot be read.
         """
         return assemble([self.read_frame(scene, index) for index in indices], self.facts(scene), size, fit)
+
+    def _first_readable(self, scene: int, indices: Sequence[int], num_views: int) -> list[Frame]:
+        frames: list[Frame] = []
+        for index in indices:
+            if len(frames) == num_views:
+                break
+            if (frame := self._read_or_skip(scene, index)) is not None:
+                frames.append(frame)
+        if len(frames) < num_views:
+            raise InputError(
+                f"too few views in scene  {self.facts(scene).name}",
+                f"{len(frames)} readable of {len(indices)}, {num_views} asked for",
+                "ask for fewer views, or leave the scene out",
+            )
+        return frames
 
     def _read_or_skip(self, scene: int, index: int) -> Frame | None:
         if (scene, index) in self.left_out:

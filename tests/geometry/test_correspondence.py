@@ -5,13 +5,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from g2vlm.data.rooms import RoomsSource
+from g2vlm.data.types import ViewRequest
 from geometry import apply_rigid, invert_rigid, pixel_grid, ray_directions, rigid, unproject
 from geometry.correspondence import (
+    TrackRule,
     VisibilityRule,
     cell_coordinates,
+    cell_depth,
     cell_index,
     cycle_error,
     grid_pixels,
+    grid_tracks,
     keep_consistent,
     mask_pixels,
     tracks_from_depth,
@@ -243,3 +248,56 @@ def test_cells_do_not_depend_on_the_image_s_resolution() -> None:
 def test_points_outside_belong_to_the_nearest_cell() -> None:
     points = torch.tensor([[-5.0, -5], [100, -5], [-5, 100], [100, 100]])
     assert cell_index(points, (30, 40), (4, 5)).tolist() == [0, 4, 15, 19]
+
+
+# ---- rules and cells ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "grid"), [((12, 8), (3, 2)), ((13, 9), (4, 5)), ((5, 6), (7, 3))])
+def test_depth_of_a_cell_is_the_mean_of_its_pixels(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    depth, valid = 1 + torch.rand(2, *size, dtype=torch.float64), torch.rand(2, *size) < 0.5
+    valid[1] = False
+    mean, known = cell_depth(torch.where(valid, depth, torch.nan), valid, grid)
+    assert mean.shape == known.shape == (2, grid[0] * grid[1])
+    found: dict[tuple[int, int], list[float]] = {}
+    for view, y, x in valid.nonzero().tolist():
+        cell = int((y + 0.5) * grid[0] / size[0]) * grid[1] + int((x + 0.5) * grid[1] / size[1])
+        found.setdefault((view, cell), []).append(float(depth[view, y, x]))
+    for view in range(2):
+        for cell in range(grid[0] * grid[1]):
+            values = found.get((view, cell), [])
+            assert bool(known[view, cell]) == bool(values)
+            assert mean[view, cell].item() == pytest.approx(sum(values) / max(len(values), 1))
+    assert known[0].any()
+
+
+def test_cells_of_points_and_pixels_agree() -> None:
+    """A pixel's depth goes to the cell that a point at the pixel's centre falls into."""
+    size, grid = (15, 22), (4, 3)
+    pixels = mask_pixels(torch.ones(size, dtype=torch.bool))
+    cells = cell_index(pixels.double(), size, grid)
+    for cell in range(12):
+        own = torch.zeros(size, dtype=torch.bool)
+        x, y = pixels[cells == cell].unbind(-1)
+        own[y, x] = True
+        assert cell_depth(torch.ones(1, *size), own[None], grid)[1].nonzero().tolist() == [[0, cell]]
+
+
+def test_the_points_of_a_rule_are_those_of_its_grids() -> None:
+    """Its coarse grid is part of the fine one, and a limit of the way back is one more condition."""
+    sample = RoomsSource("tiny", cameras="near").load(0, ViewRequest(3, (84, 84), seed=0))
+    assert sample.depth is not None
+    assert sample.intrinsics is not None
+    assert sample.cam_to_world is not None
+    views = sample.depth, sample.intrinsics, invert_rigid(sample.cam_to_world)
+    rule = TrackRule(max_cycle_error=0.4)
+    tracks = grid_tracks(*views, rule)
+    apart = [tracks_from_depth(*views, grid_pixels((84, 84), grid), rule.visibility) for grid in rule.grids]
+    torch.testing.assert_close(tracks.points, torch.cat([own.points for own in apart], dim=1))
+    near = torch.cat([cycle_error(own, *views) <= 0.4 for own in apart], dim=1)
+    plain = torch.cat([own.visible for own in apart], dim=1)
+    assert torch.equal(tracks.visible, plain & near)
+    assert 0 < tracks.visible.sum() < plain.sum()
+    coarse, fine = ({tuple(pixel) for pixel in grid_pixels((84, 84), grid).tolist()} for grid in rule.grids)
+    assert len(coarse) == 64
+    assert coarse < fine

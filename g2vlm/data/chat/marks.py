@@ -47,12 +47,18 @@ def read_marks(record: Mapping[str, Any], num_images: int) -> list[Mark]:
     return marks
 
 
-def draw_marks(images: Sequence[np.ndarray], marks: Sequence[Mark]) -> tuple[np.ndarray, ...]:
-    """Copies of images (H, W, 3) uint8 with their marks; an image without marks is the same object."""
-    return tuple(_drawn(image, [mark for mark in marks if mark.image == i]) for i, image in enumerate(images))
+def draw_marks(images: Sequence[np.ndarray], marks: Sequence[Mark], radius: float = RADIUS) -> tuple[np.ndarray, ...]:
+    """Copies of images (H, W, 3) uint8 with their marks; an image without marks is the same object.
+
+    Args:
+        images: to be marked.
+        marks: on them.
+        radius: of a disc, in pixels.
+    """
+    return tuple(_drawn(image, [mark for mark in marks if mark.image == i], radius) for i, image in enumerate(images))
 
 
-def _drawn(pixels: np.ndarray, marks: Sequence[Mark]) -> np.ndarray:
+def _drawn(pixels: np.ndarray, marks: Sequence[Mark], radius: float) -> np.ndarray:
     if not marks:
         return pixels
     picture = Image.fromarray(pixels)
@@ -61,7 +67,7 @@ def _drawn(pixels: np.ndarray, marks: Sequence[Mark]) -> np.ndarray:
         place = [value * size[i % 2] / UNITS for i, value in enumerate(mark.place)]
         if len(place) == 2:
             x, y = place
-            draw.ellipse((x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS), fill=COLOURS[mark.colour])
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[mark.colour])
         else:
             left, right = sorted(place[::2])
             top, bottom = sorted(place[1::2])

@@ -14,8 +14,12 @@ SOURCES = {
     "rooms_qa": "g2vlm.data.chat.rooms:RoomsChats",
     "rooms_descriptions": "g2vlm.data.chat.descriptions:RoomDescriptions",
     "rooms_jumbled": "g2vlm.data.chat.jumbled:JumbledRooms",
+    "scene_clips": "g2vlm.data.chat.clips:SceneClips",
+    "correspondence_questions": "g2vlm.data.chat.correspondence:CorrespondenceQuestions",
 }
 NEEDS_NO_ROOT = ("rooms_qa", "rooms_descriptions", "rooms_jumbled")
+SHOWS_SCENES = ("scene_clips", "correspondence_questions")
+"""Their root is that of the source of scenes that they show."""
 
 
 def build_chat_source(name: str, root: Path | None, view_size: Size, **options: Any) -> ChatSource:
@@ -32,7 +36,7 @@ def build_chat_source(name: str, root: Path | None, view_size: Size, **options: 
     """
     if name not in SOURCES:
         raise unknown("source of questions", name, list(SOURCES))
-    if (root is None) != (name in NEEDS_NO_ROOT):
+    if name not in SHOWS_SCENES and (root is None) != (name in NEEDS_NO_ROOT):
         why = "it is rendered and has no folder" if root is not None else "no file or folder was given"
         raise InputError(f"cannot open source of questions  {name}", why, "check root")
     module, class_name = SOURCES[name].split(":")
