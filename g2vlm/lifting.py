@@ -22,10 +22,11 @@ from g2vlm.predictions import usable_intrinsics
 from g2vlm.processing import normalise_views, sequence_builder
 from g2vlm.scene import Scene
 from g2vlm.supervision.backbones.base import Tapped, Taps
-from g2vlm.supervision.backbones.g2vlm import G2VLMBackbone, with_probes
+from g2vlm.supervision.backbones.g2vlm import G2VLMBackbone
 from g2vlm.supervision.base import Supervision
 from g2vlm.supervision.lifting import LIFTINGS, LiftedScene, Lifting
 from g2vlm.supervision.saved import imported, kind_of, load_supervision
+from g2vlm.supervision.segments import with_probes
 from geometry import apply_rigid, invert_rigid, unproject
 from geometry.pointmaps import normals_from_points
 

@@ -16,7 +16,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from g2vlm.errors import InputError
 from g2vlm.semantic_images import SemanticRule
 from geometry import GeometryLossWeights
+from train.objectives.gasp import GASPConfig
 from train.objectives.geovr import GeoVRConfig
+from train.objectives.spatialsv import SpatialSVConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tiny_stage1.yaml"
 
@@ -51,11 +53,15 @@ class ObjectivesConfig:
         geometry: points, normals and cameras (G2VLM eq. 2).
         language: answers to questions; needs data.chat.
         geovr: camera, depth, metric scale and features of a teacher, from probe tokens and layers (GeoVR).
+        gasp: correspondences between frames, in every layer (GASP).
+        spatialsv: depth, rays, points and features of a teacher, lifted from four layers (SpatialSV).
     """
 
     geometry: GeometryConfig | None = field(default_factory=GeometryConfig)
     language: LanguageConfig | None = None
     geovr: GeoVRConfig | None = None
+    gasp: GASPConfig | None = None
+    spatialsv: SpatialSVConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,25 @@ from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt
 from g2vlm.data.types import ViewRequest
 from g2vlm.geometry_tokens import Clip
 from g2vlm.supervision.base import ClipShape
+from g2vlm.supervision.dense_head import DPTWidths
+from g2vlm.supervision.gasp import GASPHeads
 from g2vlm.supervision.geovr import GeoVRHeads
+from g2vlm.supervision.spatialsv import SpatialSVHeads
 from g2vlm.supervision.teachers.base import targets_of
+from geometry.correspondence import TrackRule
 from tests.train.chats import CE, chat_run, layout
 from tests.train.scenes import BoxRooms
-from train.config import ChatSourceConfig, GeometryConfig, LanguageConfig, ObjectivesConfig, RunConfig
+from train.config import ChatSourceConfig, LanguageConfig, ObjectivesConfig, RunConfig
+from train.objectives.gasp import GASPConfig
 from train.objectives.geovr import AlignmentTerm, CameraTerm, DepthTerm, GeoVRConfig
+from train.objectives.spatialsv import SpatialSVConfig
 from train.objectives.supervision import SupervisionParts
 from train.step import StepResult, Trainer
 
 SMALL_HEADS = GeoVRHeads(dpt_levels=(4, 4, 8, 8), dpt_dim=8, camera_dim=16, scale_dim=16)
+LIFTING = SpatialSVHeads(output_dim=16, widths=DPTWidths((4, 4, 8, 8), 8), distill=False)
+GASP = GASPConfig(GASPHeads(embed_dim=16), tracks=TrackRule(grids=((6, 6),)))
+SPATIALSV = SpatialSVConfig(LIFTING)
 GEOVR = GeoVRConfig(CameraTerm(), DepthTerm(min_pixels=1), alignment=AlignmentTerm(weight=0.0), heads=SMALL_HEADS)
 
 
@@ -57,15 +66,14 @@ class BoxClips:
 
 
 def clip_run(
-    steps: int = 4, trainable: dict[str, float] = CE, language: bool = True, geometry: bool = False, **runtime: Any
+    steps: int = 4, trainable: dict[str, float] = CE, language: bool = True, every: bool = False, **runtime: Any
 ) -> RunConfig:
-    """As `chat_run`, with GeoVR."""
+    """As `chat_run`, with GeoVR, or with every supervision."""
     plain = chat_run(steps, trainable, **runtime)
     chat = plain.data.chat
     assert chat is not None
-    objectives = ObjectivesConfig(
-        GeometryConfig() if geometry else None, LanguageConfig() if language else None, geovr=GEOVR
-    )
+    others = {"gasp": GASP, "spatialsv": SPATIALSV} if every else {}
+    objectives = ObjectivesConfig(None, LanguageConfig() if language else None, GEOVR, **others)
     sources = (ChatSourceConfig("box_clips"),)
     return replace(plain, objectives=objectives, data=replace(plain.data, chat=replace(chat, sources=sources)))
 

@@ -29,7 +29,7 @@ STEPS: dict[str, tuple[list[BoxClips], list[BoxClips]]] = {
 }
 """What each rank's pack holds."""
 
-CONFIGS = {"experts": clip_run(trainable=CE_CE), "everything": clip_run(trainable=EVERYTHING)}
+CONFIGS = {"geovr": clip_run(trainable=CE_CE), "everything": clip_run(trainable=EVERYTHING, every=True)}
 
 
 def samples(sources: list[BoxClips], rank: int) -> list[ChatSample]:

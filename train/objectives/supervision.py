@@ -89,12 +89,16 @@ def supervision_of(config: RunConfig, backbone: Backbone) -> SupervisionParts | 
 
 def wanted(config: ObjectivesConfig) -> dict[str, Any]:
     """Name -> config of the supervision that is on."""
-    return {name: own for name in OBJECTIVES if (own := getattr(config, name, None)) is not None}
+    return {name: own for name in OBJECTIVES if (own := getattr(config, name)) is not None}
 
 
 def _objective(name: str, config: Any, backbone: Backbone, features: TeacherFeatures | None) -> SupervisionObjective:
     module, class_name = OBJECTIVES[name].split(":")
-    return getattr(import_module(module), class_name).build(config, backbone, features)
+    try:
+        return getattr(import_module(module), class_name).build(config, backbone, features)
+    except ValueError as error:
+        fix = f"see configs/extensions/{name}.yaml"
+        raise InputError(f"unusable objectives.{name}", str(error), fix) from None
 
 
 def check_needs(sources: Sequence[ChatSource], supervision: SupervisionParts) -> None:
