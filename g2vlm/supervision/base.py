@@ -117,12 +117,13 @@ class SupervisedOutput(NamedTuple):
     """What a supervised forward gives.
 
     Args:
-        logits: as `Tapped`.
+        logits, targets: as `Tapped`: of every place, probe tokens included.
         geometry: the model's own, if it predicts any.
         predictions: by name of the supervision, one entry per sample.
     """
 
     logits: Tensor | None
+    targets: Tensor | None
     geometry: Any
     predictions: dict[str, tuple[Any, ...]]
 
@@ -154,7 +155,7 @@ class SupervisedModel(nn.Module):
         tapped = self.backbone(inputs, taps)
         known = shapes if any(shapes) else filler_shapes(tapped.frames)
         predictions = {name: supervision.heads(tapped, known) for name, supervision in own.items()}
-        return SupervisedOutput(tapped.logits, tapped.geometry, predictions)
+        return SupervisedOutput(tapped.logits, tapped.targets, tapped.geometry, predictions)
 
 
 FILLER_SIZE = (28, 28)
