@@ -42,9 +42,10 @@ class GeoVRHeads:
             depths of VGGT's blocks 4, 11, 17, 23 of 24.
         alignment_blocks: the teacher's 0-based blocks to compare with; by default all that it gives.
         alignment_layers: the hidden states that are compared, one per block; by default those at its relative depth.
-        teacher_half: of the features' channels: frame, the first half (VGGT's frame attention); global, the second;
-            both, for features that are not two halves.
-        teacher_pool: side of the blocks of patches whose mean is compared: 2 (released) or 1 (eq. 5).
+        teacher_half: of the channels of the features as the teacher gives them: frame, the first half; global, the
+            second; both. VGGT's adapter gives the frame half already (released), unless its option half says otherwise.
+        teacher_pool: side of the blocks of the features' cells whose mean is compared: 1 or 2. VGGT's and DA3's
+            adapters give means of 2 x 2 patches already (released), unless their option pool says otherwise (eq. 5: 1).
         camera_dim: width of the camera head.
         scale_dim: width of the scale head.
         dpt_levels: channels of the levels of dense and dpt.
@@ -60,8 +61,8 @@ class GeoVRHeads:
     depth_layers: tuple[int, int, int, int] | None = None
     alignment_blocks: tuple[int, ...] | None = None
     alignment_layers: tuple[int, ...] | None = None
-    teacher_half: TeacherHalf = "frame"
-    teacher_pool: Literal[1, 2] = 2
+    teacher_half: TeacherHalf = "both"
+    teacher_pool: Literal[1, 2] = 1
     camera_dim: int = 1536
     scale_dim: int = 512
     dpt_levels: tuple[int, int, int, int] = (256, 512, 1024, 1024)

@@ -23,7 +23,9 @@ from geometry.losses.features import pool_patches, pool_to_grid, resize_to_grid
 from tests.g2vlm.supervision.toy import FEATURES, Toy, room_targets
 from train.objectives.base import tensors_of
 
-TINY = GeoVRHeads(camera_dim=12, scale_dim=12, dpt_levels=(8, 8, 8, 8), dpt_dim=8, mlp_dim=12)
+TINY = GeoVRHeads(
+    teacher_half="frame", teacher_pool=2, camera_dim=12, scale_dim=12, dpt_levels=(8, 8, 8, 8), dpt_dim=8, mlp_dim=12
+)
 CONFIDENT = replace(TINY, predict_confidence=True)
 FRAMES = [((1, 2),) * 3, ((2, 2),) * 2, ((1, 2),), ((1, 2),) * 2]
 SHAPES = [ClipShape((28, 56), (2, 4)), ClipShape((56, 56), (4, 4)), None, ClipShape((28, 56), (2, 4))]
@@ -128,7 +130,7 @@ def test_sizes_that_are_no_multiples_of_the_patch(kind: Any) -> None:
 
 def test_layers_of_the_paper() -> None:
     """Fixture layer_mapping: VGGT's blocks 4, 11, 17, 23 of 24 in a decoder of 28 blocks; depth needs no teacher."""
-    vggt = TeacherFeatures((4, 11, 17, 23), 24, 2048)
+    vggt = TeacherFeatures((4, 11, 17, 23), 24, 1024)
     with torch.device("meta"):
         model = GeoVR(GeoVRHeads(), Fit(1536, 28, vggt))
         assert model.taps.hidden == (6, 14, 21, 28)

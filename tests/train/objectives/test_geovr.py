@@ -28,7 +28,7 @@ from train.objectives.geovr import (
 )
 from train.objectives.report import LossReport
 
-TINY = GeoVRHeads(camera_dim=12, scale_dim=12, dpt_levels=(8, 8, 8, 8), dpt_dim=8)
+TINY = GeoVRHeads(teacher_half="frame", teacher_pool=2, camera_dim=12, scale_dim=12, dpt_levels=(8, 8, 8, 8), dpt_dim=8)
 RELEASED = GeoVRConfig(heads=TINY)
 RAW = replace(RELEASED, normalise=False)
 PAPER = replace(
