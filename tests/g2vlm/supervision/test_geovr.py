@@ -27,8 +27,9 @@ TINY = GeoVRHeads(
     teacher_half="frame", teacher_pool=2, camera_dim=12, scale_dim=12, dpt_levels=(8, 8, 8, 8), dpt_dim=8, mlp_dim=12
 )
 CONFIDENT = replace(TINY, predict_confidence=True)
-FRAMES = [((1, 2),) * 3, ((2, 2),) * 2, ((1, 2),), ((1, 2),) * 2]
-SHAPES = [ClipShape((28, 56), (2, 4)), ClipShape((56, 56), (4, 4)), None, ClipShape((28, 56), (2, 4))]
+WIDE = ClipShape((28, 56), (2, 4))
+FRAMES = [((1, 2),) * 3, ((2, 2),) * 2, ((1, 2),), ((1, 2),) * 2, ((2, 4),)]
+SHAPES = [WIDE, ClipShape((56, 56), (4, 4)), None, WIDE, WIDE]
 
 
 def supervised(config: GeoVRHeads, features: TeacherFeatures | None = FEATURES, **toy: Any) -> SupervisedModel:
@@ -54,7 +55,7 @@ def test_predictions_of_unlike_clips(kind: Any) -> None:
     """Each is what its clip alone gives; a sample without a shape has none."""
     model = supervised(replace(CONFIDENT, depth_head=kind))
     together = model(shapes=SHAPES, frames=FRAMES).predictions["geovr"]
-    assert [own is None for own in together] == [False, False, True, False]
+    assert [own is None for own in together] == [False, False, True, False, False]
     for frames, shape, own in zip(FRAMES, SHAPES, together, strict=True):
         if shape is None:
             continue
@@ -77,7 +78,7 @@ def test_sub_heads_run_once_per_size() -> None:
     for name in ("camera", "scale", "depth", "alignment.0"):
         heads.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     model(shapes=SHAPES, frames=FRAMES)
-    assert sorted(calls) == ["alignment.0"] * 2 + ["camera", "depth", "depth", "scale"]
+    assert sorted(calls) == ["alignment.0"] * 3 + ["camera"] + ["depth"] * 3 + ["scale"]
 
 
 @pytest.mark.parametrize("terms", [("camera",), ("depth",), ("scale",), ("alignment",), ("camera", "scale")])
