@@ -13,12 +13,12 @@ from g2vlm.supervision.dense_head import patch_grid
 from g2vlm.supervision.geovr import (
     GeoVR,
     GeoVRHeads,
+    GeoVRLifting,
     GeoVRPrediction,
     compared_channels,
     pooled_grid,
-    reconstruct,
 )
-from geometry import apply_rigid, invert_rigid, unproject
+from geometry import apply_rigid, unproject
 from geometry.losses.features import pool_patches, pool_to_grid, resize_to_grid
 from tests.g2vlm.supervision.toy import FEATURES, Toy, room_targets
 from train.objectives.base import tensors_of
@@ -200,38 +200,39 @@ def test_halves_and_pooling() -> None:
     torch.testing.assert_close(pool_to_grid(features, pooled_grid((4, 6), 2)), pool_patches(features, 2))
 
 
-def test_reconstruction_of_exact_predictions() -> None:
-    """Points of all frames in the first camera, whatever world the predicted cameras are in; it is only moved along."""
+def lifting(**changes: Any) -> GeoVRLifting:
+    return GeoVRLifting(GeoVR(replace(TINY, **changes), Fit(16, 4, FEATURES)))
+
+
+def test_a_scene_of_exact_predictions() -> None:
+    """All frames in the first camera, whatever world the predicted cameras are in."""
     targets = room_targets()
-    prediction = GeoVRPrediction(targets.pose_encoding, targets.depth, None, targets.metric_scale, {})
-    scene = reconstruct(prediction)
-    first = invert_rigid(targets.cam_to_world[0])
-    close = {"atol": 2e-4, "rtol": 1e-4}
-    torch.testing.assert_close(scene.cam_to_world, first @ targets.cam_to_world, **close)
+    scene = lifting().scene(GeoVRPrediction(targets.pose_encoding, targets.depth, None, targets.metric_scale, {}))
+    exact = targets.in_first_camera()
+    torch.testing.assert_close(scene.cam_to_world, exact.cam_to_world, atol=2e-6, rtol=1e-5)
     assert scene.cam_to_world[0].equal(torch.eye(4))
     height, width = targets.size
     half = torch.tensor([width / 2, height / 2])
     torch.testing.assert_close(scene.intrinsics[:, :2, 2], half.expand(3, 2))
     torch.testing.assert_close(scene.intrinsics[:, 0, 0], targets.intrinsics[:, 0, 0])
-    local = unproject(targets.depth, scene.intrinsics)
-    torch.testing.assert_close(scene.points, apply_rigid(first @ targets.cam_to_world, local), **close)
     assert scene.depth is targets.depth
-    assert scene.metric_scale == 1.5
-    # in the first camera, except for the principal point, they are the points of the room
-    expected = apply_rigid(first, targets.world_points)
-    shift = (targets.intrinsics[0, :2, 2] - half).norm() / targets.intrinsics[0, 0, 0] * targets.depth.max()
-    assert (scene.points - expected).abs().max() < shift + 1e-3
+    assert scene.points is None
+    assert scene.metres_per_unit is targets.metric_scale
+    points = apply_rigid(scene.cam_to_world, unproject(scene.depth, scene.intrinsics))
+    lost = (targets.intrinsics[0, :2, 2] - half).norm() / targets.intrinsics[0, 0, 0] * targets.depth.max()
+    assert (
+        points - exact.world_points
+    ).abs().max() < lost + 1e-4  # as far as the principal point, which is not encoded
 
 
 def test_a_flat_field_of_view_has_a_finite_focal_length() -> None:
     camera = torch.tensor([[0.0, 0, 0, 0, 0, 0, 2, 0, 0]])
-    scene = reconstruct(GeoVRPrediction(camera, torch.ones(1, 4, 6), None, None, {}))
+    scene = lifting().scene(GeoVRPrediction(camera, torch.ones(1, 4, 6), None, None, {}))
     assert scene.intrinsics.isfinite().all()
-    assert scene.points.isfinite().all()
+    assert scene.metres_per_unit is None
 
 
-@pytest.mark.parametrize("missing", ["camera", "depth"])
-def test_a_reconstruction_needs_camera_and_depth(missing: str) -> None:
-    whole = GeoVRPrediction(torch.rand(1, 9), torch.ones(1, 4, 6), None, None, {})
-    with pytest.raises(ValueError, match="camera and depth"):
-        reconstruct(whole._replace(**{missing: None}))
+def test_a_scene_needs_camera_and_depth() -> None:
+    assert lifting().missing("depth") == ()
+    assert lifting(terms=("scale",)).missing("depth") == ("camera", "depth")
+    assert lifting(terms=("camera", "scale")).missing("depth") == ("depth",)
