@@ -6,7 +6,7 @@ h w tokens of a frame, d their width, H W pixels of the targets' maps, C width o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from g2vlm.supervision.base import ClipShape, Fit, Heads, Supervision
 from g2vlm.supervision.dense_head import DensePrediction, DepthHeadKind, DPTWidths, depth_head
 from g2vlm.supervision.heads import CameraHead, FeatureAlignmentHead, ScaleHead
 from g2vlm.supervision.layers import proportional_layers
-from geometry import apply_rigid, invert_rigid, unproject
+from g2vlm.supervision.lifting import LiftedScene, Lifting
+from geometry import invert_rigid
 from geometry.losses.features import resize_to_grid
 from geometry.pose_encoding import decode_pose
 from geometry.transforms import small_matmul
@@ -42,9 +43,10 @@ class GeoVRHeads:
             depths of VGGT's blocks 4, 11, 17, 23 of 24.
         alignment_blocks: the teacher's 0-based blocks to compare with; by default all that it gives.
         alignment_layers: the hidden states that are compared, one per block; by default those at its relative depth.
-        teacher_half: of the features' channels: frame, the first half (VGGT's frame attention); global, the second;
-            both, for features that are not two halves.
-        teacher_pool: side of the blocks of patches whose mean is compared: 2 (released) or 1 (eq. 5).
+        teacher_half: of the channels of the features as the teacher gives them: frame, the first half; global, the
+            second; both. VGGT's adapter gives the frame half already (released), unless its option half says otherwise.
+        teacher_pool: side of the blocks of the features' cells whose mean is compared: 1 or 2. VGGT's and DA3's
+            adapters give means of 2 x 2 patches already (released), unless their option pool says otherwise (eq. 5: 1).
         camera_dim: width of the camera head.
         scale_dim: width of the scale head.
         dpt_levels: channels of the levels of dense and dpt.
@@ -60,8 +62,8 @@ class GeoVRHeads:
     depth_layers: tuple[int, int, int, int] | None = None
     alignment_blocks: tuple[int, ...] | None = None
     alignment_layers: tuple[int, ...] | None = None
-    teacher_half: TeacherHalf = "frame"
-    teacher_pool: Literal[1, 2] = 2
+    teacher_half: TeacherHalf = "both"
+    teacher_pool: Literal[1, 2] = 1
     camera_dim: int = 1536
     scale_dim: int = 512
     dpt_levels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
@@ -279,38 +281,28 @@ def pooled_grid(grid: Grid, pool: int) -> Grid:
     return -(-grid[0] // pool), -(-grid[1] // pool)
 
 
-@dataclass(frozen=True, eq=False)
-class Reconstruction:
-    """A clip as GeoVR's heads see it (its Fig. 6); lengths in the unit of the training targets.
+class GeoVRLifting(Lifting):
+    """Reconstructions as in GeoVR's Fig. 6: the predicted depth, seen from the predicted cameras, in the first one."""
 
-    Args:
-        points: (T, H, W, 3) in the first camera: the depth, unprojected with the predicted intrinsics and poses.
-        depth: (T, H, W).
-        cam_to_world: (T, 4, 4), the first one the identity.
-        intrinsics: (T, 3, 3) in pixels of (H, W), principal point (W/2, H/2).
-        confidence: (T, H, W), above 1; None of a head without.
-        metric_scale: () metres per unit; None of heads without.
-    """
+    sources: ClassVar[dict[str, str]] = {"depth": "depth seen from the predicted cameras"}
+    _terms: ClassVar[tuple[TermName, ...]] = ("camera", "depth")
 
-    points: Tensor
-    depth: Tensor
-    cam_to_world: Tensor
-    intrinsics: Tensor
-    confidence: Tensor | None
-    metric_scale: Tensor | None
+    def missing(self, source: str) -> tuple[str, ...]:
+        """As in `Lifting`: terms."""
+        return tuple(term for term in self._terms if term not in self.supervision.config.terms)
 
-
-def reconstruct(prediction: GeoVRPrediction) -> Reconstruction:
-    """The scene of one clip from its predicted depth and cameras.
-
-    Raises:
-        ValueError: there is no camera or no depth.
-    """
-    if prediction.camera is None or prediction.depth is None:
-        raise ValueError("a reconstruction needs GeoVR's camera and depth; train with both terms")
-    height, width = prediction.depth.shape[-2:]
-    world_to_cam, intrinsics = decode_pose(prediction.camera, (height, width), least_tan=LEAST_TAN)
-    to_first = small_matmul(world_to_cam[0], invert_rigid(world_to_cam[1:]))
-    cam_to_world = torch.cat([torch.eye(4).to(to_first)[None], to_first])
-    points = apply_rigid(cam_to_world, unproject(prediction.depth, intrinsics))
-    return Reconstruction(points, prediction.depth, cam_to_world, intrinsics, prediction.confidence, prediction.scale)
+    def scene(self, prediction: GeoVRPrediction, source: str = "depth") -> LiftedScene:
+        """As in `Lifting`: the first pose is the identity, and a principal point is (W/2, H/2)."""
+        assert prediction.camera is not None
+        assert prediction.depth is not None
+        height, width = prediction.depth.shape[-2:]
+        world_to_cam, intrinsics = decode_pose(prediction.camera, (height, width), least_tan=LEAST_TAN)
+        to_first = small_matmul(world_to_cam[0], invert_rigid(world_to_cam[1:]))
+        identity = torch.eye(4, dtype=to_first.dtype, device=to_first.device)
+        return LiftedScene(
+            prediction.depth,
+            torch.cat([identity[None], to_first]),
+            intrinsics,
+            confidence=prediction.confidence,
+            metres_per_unit=prediction.scale,
+        )
