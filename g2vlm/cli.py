@@ -95,7 +95,7 @@ def _add_answering(parser: ArgumentParser) -> None:
 def _lift_parser() -> ArgumentParser:
     parser = _parser(
         "Show what a model knows of a scene: heads that supervised it in training read its hidden states.",
-        "g2vlm lift photos/ -m runs/tiny_spatialsv/model --heads runs/tiny_spatialsv/model/heads/spatialsv -o out/lift",
+        "g2vlm lift photos/ -m runs/tiny_spatialsv/model --heads runs/tiny_spatialsv/heads/spatialsv -o out/lift",
     )
     parser.add_argument("images", nargs="+", help="folders, files or glob patterns; folders in natural order")
     parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")

@@ -10,6 +10,7 @@ import torch
 
 from g2vlm.data.rooms import RoomsSource
 from g2vlm.data.types import ViewRequest
+from g2vlm.errors import InputError
 from g2vlm.supervision.base import ClipShape, SupervisedModel, SupervisedOutput, TeacherFeatures
 from g2vlm.supervision.dense_head import DPTWidths
 from g2vlm.supervision.spatialsv import MapPrediction, SpatialSVHeads, SpatialSVPrediction, Task
@@ -262,10 +263,20 @@ def test_signals_can_be_left_out(
 
 def test_a_teacher_without_the_block_is_refused() -> None:
     _, backbone, _ = of("ours")
-    with pytest.raises(ValueError, match="the teacher gives 3, 5"):
+    with pytest.raises(InputError, match="the teacher gives the blocks 3, 5"):
         SpatialSVObjective.build(replace(CONFIG, teacher_block=4), backbone, FEATURES)
-    with pytest.raises(ValueError, match="a teacher that gives features"):
+    with pytest.raises(InputError, match="a teacher that gives features"):
         SpatialSVObjective.build(CONFIG, backbone, None)
+    layers = replace(HEADS, layers=(1, 2, 3, 99))
+    with pytest.raises(InputError, match="spatialsv does not fit"):
+        SpatialSVObjective.build(replace(CONFIG, heads=layers), backbone, FEATURES)
+
+
+def test_what_has_no_weight_has_no_heads() -> None:
+    own = objective(replace(CONFIG, ray=0.0, distill=0.0))[0]
+    assert own.factors.keys() == TERMS - {"ray_l2", "ray_confidence", "distill"}
+    assert own.module.config.tasks == ("depth", "point")
+    assert own.needs.blocks == ()
 
 
 # ---- with a model ---------------------------------------------------------------------------------------------------
