@@ -106,7 +106,7 @@ def require_fits(heads: LiftHeads, chat: ChatModel) -> None:
 
 @torch.inference_mode()
 def lift(
-    chat: ChatModel, heads: LiftHeads, sources: Sequence[SourceImage], geometry: bool = True, width: int | None = None
+    chat: ChatModel, heads: LiftHeads, sources: Sequence[SourceImage], geometry: bool = False, width: int | None = None
 ) -> Scene:
     """The scene that heads read out of the semantic expert while it looks at images; no question is asked.
 
@@ -116,7 +116,8 @@ def lift(
         chat: the model.
         heads: trained on it.
         sources: the S images.
-        geometry: whether the geometric expert sees the images as well, as in `g2vlm ask`.
+        geometry: whether the geometric expert sees the images as well, as it did if the heads were trained so; what is
+            lifted is then not the semantic expert's alone.
         width: of its views in pixels; by default the processor's.
 
     Raises:

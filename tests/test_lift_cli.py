@@ -126,7 +126,7 @@ def test_what_is_lifted_is_what_the_heads_predict(model: Path, photos: Path) -> 
     other = lift(chat, heads, [sources[i] for i in (1, 0, 2)])
     assert np.abs(other.depth[[1, 0, 2]] - scene.depth).max() > 1e-6  # the second image is seen after the first
     assert np.abs(other.depth[0] - scene.depth[0]).max() > 1e-4
-    assert np.abs(lift(chat, heads, sources, geometry=False).depth - scene.depth).max() > 1e-6
+    assert np.abs(lift(chat, heads, sources, geometry=True).depth - scene.depth).max() > 1e-6
 
 
 def test_geovr_heads_give_metres(run, photos: Path, tmp_path: Path, caplog) -> None:

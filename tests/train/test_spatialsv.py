@@ -208,7 +208,7 @@ def report(
     own: SpatialSVObjective, predictions: tuple[Any, ...], targets: tuple[TeacherTargets | None, ...]
 ) -> LossReport:
     output = SupervisedOutput(None, None, {"spatialsv": predictions})
-    return own(output, SimpleNamespace(targets=targets))  # pyright: ignore[reportArgumentType]
+    return own(output, SimpleNamespace(targets=targets))
 
 
 def test_terms_weigh_as_configured_and_are_means_over_clips(room: TeacherTargets) -> None:
@@ -305,7 +305,7 @@ def gradient_norm(parameters: Any) -> float:
 @pytest.mark.parametrize("name", ["ours", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_every_term_reaches_the_decoder(name: str, room: TeacherTargets) -> None:
     own, model, inputs, shapes = batch(name, room)
-    found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))  # pyright: ignore
+    found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))
     assert found.keys() == {f"spatialsv.{term}" for term in TERMS}
     weights = [p for n, p in model.backbone.named_parameters() if ".layers.0" in n and p.requires_grad]
     assert weights
@@ -321,8 +321,7 @@ def test_clips_without_text_train_on_the_geometry_alone(name: str, room: Teacher
     own, model, inputs, shapes = batch(name, room)
     _, _, unanswered, _ = batch(name, room, answered=False)
     reports = [
-        own(model(shapes=shapes, **given), SimpleNamespace(targets=(room, None)))  # pyright: ignore
-        for given in (inputs, unanswered)
+        own(model(shapes=shapes, **given), SimpleNamespace(targets=(room, None))) for given in (inputs, unanswered)
     ]
     for term, value in reports[1].items():
         torch.testing.assert_close(value.value, reports[0][term].value)
@@ -333,7 +332,7 @@ def test_clips_without_text_train_on_the_geometry_alone(name: str, room: Teacher
 
 def test_without_any_clip_every_head_has_a_zero_gradient(room: TeacherTargets) -> None:
     own, model, inputs, _ = batch("ours", room)
-    found = own(model(shapes=[None, None], **inputs), SimpleNamespace(targets=(None, None)))  # pyright: ignore
+    found = own(model(shapes=[None, None], **inputs), SimpleNamespace(targets=(None, None)))
     assert found.keys() == {f"spatialsv.{term}" for term in TERMS}
     assert all(term.value.item() == 0 and term.count == 0 for term in found.values())
     sum(term.value for term in found.values()).backward()
@@ -346,7 +345,7 @@ def test_one_clip_is_learned_by_heart(room: TeacherTargets) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
     curve: list[dict[str, float]] = []
     for _ in range(80):
-        found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))  # pyright: ignore
+        found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))
         curve.append({name: term.value.item() for name, term in found.items()})
         optimizer.zero_grad()
         sum(term.factor * term.value for term in found.values()).backward()
