@@ -95,15 +95,15 @@ def _add_answering(parser: ArgumentParser) -> None:
 def _lift_parser() -> ArgumentParser:
     parser = _parser(
         "Show what a model knows of a scene: heads that supervised it in training read its hidden states.",
-        "g2vlm lift photos/ -m runs/tiny_spatialsv/model --heads runs/tiny_spatialsv/model/heads/spatialsv -o out/lift",
+        "g2vlm lift photos/ -m runs/tiny_spatialsv/model --heads runs/tiny_spatialsv/heads/spatialsv -o out/lift",
     )
     parser.add_argument("images", nargs="+", help="folders, files or glob patterns; folders in natural order")
     parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")
     parser.add_argument("--heads", required=True, type=Path, help="FOLDER/NAME of the saved heads")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the results")
     parser.add_argument("--from", help="depth or points; default: depth if the heads can place it, else points")
-    parser.add_argument("--geometry", choices=["on", "off"], default="on", help="off: the semantic expert alone")
-    parser.add_argument("--width", type=int, help="width in pixels that views are brought to; default: the model's")
+    parser.add_argument("--geometry", choices=["on", "off"], default="off", help="on: the geometric expert looks, too")
+    parser.add_argument("--width", type=int, help="width in pixels of what the geometric expert sees")
     parser.add_argument("--max-views", type=int, help="use at most this many images, evenly chosen")
     parser.add_argument("--skip-bad", action="store_true", help="continue without unreadable images")
     parser.add_argument("--max-context", type=int, default=32_768, help="images and prompt, in tokens")

@@ -21,7 +21,8 @@ def lift(args: Namespace) -> None:
     pipeline = load(args.model, args.device, dtype_of(args.dtype), max_context=args.max_context)
     require_fits(heads, pipeline.chat)
     scene = lift_scene(pipeline.chat, heads, sources, args.geometry == "on", args.width)
-    lengths = "metres, as the heads predict them" if scene.units == "metre" else "relative, without a known unit"
-    log.info("lifted %d views at %dx%d: %s; lengths are %s", scene.num_views, *scene.resized_to[::-1], heads, lengths)
+    size = "x".join(map(str, scene.resized_to[::-1]))
+    lengths = "in metres, as the heads have it" if scene.units == "metre" else "relative, of no known unit"
+    log.info("lifted %d views at %s with %s: %s; lengths are %s", scene.num_views, size, heads, heads.how, lengths)
     for path in scene.export(args.output, args.formats, overwrite=args.overwrite):
         print(path)

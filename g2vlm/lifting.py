@@ -23,9 +23,9 @@ from g2vlm.processing import normalise_views, sequence_builder
 from g2vlm.scene import Scene
 from g2vlm.supervision.backbones.base import Tapped, Taps
 from g2vlm.supervision.backbones.g2vlm import G2VLMBackbone
-from g2vlm.supervision.base import Supervision
+from g2vlm.supervision.base import ClipShape, Supervision
 from g2vlm.supervision.lifting import LIFTINGS, LiftedScene, Lifting
-from g2vlm.supervision.saved import imported, kind_of, load_supervision
+from g2vlm.supervision.saved import kind_of, load_supervision
 from g2vlm.supervision.segments import with_probes
 from geometry import apply_rigid, invert_rigid, unproject
 from geometry.pointmaps import normals_from_points
@@ -49,8 +49,13 @@ class LiftHeads:
     source: str
     name: str
 
+    @property
+    def how(self) -> str:
+        """What is made of the predictions, in words."""
+        return self.lifting.sources[self.source]
+
     def __str__(self) -> str:
-        return f"{self.lifting.sources[self.source]} of {kind_of(self.supervision)} heads {self.name}"
+        return f"{kind_of(self.supervision)} heads {self.name}"
 
 
 def open_heads(path: Path, source: str | None = None) -> LiftHeads:
@@ -71,7 +76,7 @@ def open_heads(path: Path, source: str | None = None) -> LiftHeads:
         raise InputError(
             f"{kind} heads give no scene  {path}", "they compare views, and predict no depth", "give other heads"
         )
-    lifting: Lifting = imported(LIFTINGS[kind])(supervision)
+    lifting = LIFTINGS[kind](supervision)
     if source is not None and source not in lifting.sources:
         allowed = " or ".join(lifting.sources)
         raise InputError(f"{kind} heads give no scene from {source}  {path}", "", f"allowed: --from {allowed}")
@@ -101,7 +106,7 @@ def require_fits(heads: LiftHeads, chat: ChatModel) -> None:
 
 @torch.inference_mode()
 def lift(
-    chat: ChatModel, heads: LiftHeads, sources: Sequence[SourceImage], geometry: bool = True, width: int | None = None
+    chat: ChatModel, heads: LiftHeads, sources: Sequence[SourceImage], geometry: bool = False, width: int | None = None
 ) -> Scene:
     """The scene that heads read out of the semantic expert while it looks at images; no question is asked.
 
@@ -111,7 +116,8 @@ def lift(
         chat: the model.
         heads: trained on it.
         sources: the S images.
-        geometry: whether the geometric expert sees the images as well, as in `g2vlm ask`.
+        geometry: whether the geometric expert sees the images as well, as it did if the heads were trained so; what is
+            lifted is then not the semantic expert's alone.
         width: of its views in pixels; by default the processor's.
 
     Raises:
@@ -120,7 +126,8 @@ def lift(
         CheckFailed: the heads give no finite cameras.
     """
     require_fits(heads, chat)
-    context = look(chat, of_one_size(sources), sources if geometry else [], width)
+    shown = of_one_size(sources)
+    context = look(chat, shown, shown if geometry else [], width)
     supervision = heads.supervision.to(chat.model.device)
     if supervision.aux is not None:
         supervision.aux.to(chat.model.dtype)
@@ -128,8 +135,10 @@ def lift(
     patch, merge = chat.processor.rule.patch_size, chat.model.config.semantic_encoder.merge_size
     (grids,) = tapped.frames
     size = grids[0][0] * merge * patch, grids[0][1] * merge * patch
-    (prediction,) = supervision.heads(tapped, [heads.lifting.shape(grids[0], size)])
-    return _scene(heads.lifting.scene(prediction, heads.source), sources, f"{chat.name}, {heads}")
+    (prediction,) = supervision.heads(tapped, [ClipShape(size)])
+    return _scene(
+        heads.lifting.scene(prediction, heads.source), sources, f"{chat.name} through {kind_of(supervision)} heads"
+    )
 
 
 def of_one_size(sources: Sequence[SourceImage]) -> list[SourceImage]:

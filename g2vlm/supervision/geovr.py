@@ -6,7 +6,7 @@ h w tokens of a frame, d their width, H W pixels of the targets' maps, C width o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,7 @@ from g2vlm.supervision.base import ClipShape, Fit, Heads, Supervision
 from g2vlm.supervision.dense_head import DensePrediction, DepthHeadKind, DPTWidths, depth_head
 from g2vlm.supervision.heads import CameraHead, FeatureAlignmentHead, ScaleHead
 from g2vlm.supervision.layers import proportional_layers
-from g2vlm.supervision.lifting import LiftedScene, Lifting
-from geometry import invert_rigid
 from geometry.losses.features import resize_to_grid
-from geometry.pose_encoding import decode_pose
-from geometry.transforms import small_matmul
 
 TermName = Literal["camera", "depth", "scale", "alignment"]
 TeacherHalf = Literal["frame", "global", "both"]
@@ -279,30 +275,3 @@ def compared_channels(features: Tensor, half: TeacherHalf) -> Tensor:
 def pooled_grid(grid: Grid, pool: int) -> Grid:
     """The grid of means over `pool` x `pool` patches; an odd row or column has a cell of its own."""
     return -(-grid[0] // pool), -(-grid[1] // pool)
-
-
-class GeoVRLifting(Lifting):
-    """Reconstructions as in GeoVR's Fig. 6: the predicted depth, seen from the predicted cameras, in the first one."""
-
-    sources: ClassVar[dict[str, str]] = {"depth": "depth seen from the predicted cameras"}
-    _terms: ClassVar[tuple[TermName, ...]] = ("camera", "depth")
-
-    def missing(self, source: str) -> tuple[str, ...]:
-        """As in `Lifting`: terms."""
-        return tuple(term for term in self._terms if term not in self.supervision.config.terms)
-
-    def scene(self, prediction: GeoVRPrediction, source: str = "depth") -> LiftedScene:
-        """As in `Lifting`: the first pose is the identity, and a principal point is (W/2, H/2)."""
-        assert prediction.camera is not None
-        assert prediction.depth is not None
-        height, width = prediction.depth.shape[-2:]
-        world_to_cam, intrinsics = decode_pose(prediction.camera, (height, width), least_tan=LEAST_TAN)
-        to_first = small_matmul(world_to_cam[0], invert_rigid(world_to_cam[1:]))
-        identity = torch.eye(4, dtype=to_first.dtype, device=to_first.device)
-        return LiftedScene(
-            prediction.depth,
-            torch.cat([identity[None], to_first]),
-            intrinsics,
-            confidence=prediction.confidence,
-            metres_per_unit=prediction.scale,
-        )

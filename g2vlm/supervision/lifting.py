@@ -1,4 +1,4 @@
-"""From what supervision heads predict of a clip to a scene that can be looked at: the contract, and who fulfils it.
+"""From what supervision heads predict of a clip to a scene that can be looked at.
 
 Shapes: S views, H' W' pixels of the predicted maps.
 """
@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from g2vlm.sequence import Grid
-from g2vlm.supervision.base import ClipShape, Supervision
-
-LIFTINGS = {
-    "geovr": "g2vlm.supervision.geovr:GeoVRLifting",
-    "spatialsv": "g2vlm.supervision.spatialsv:SpatialSVLifting",
-}
-"""Kind of heads -> what makes scenes of their predictions. Kinds that predict no scene are not here."""
+from g2vlm.supervision.base import Supervision
+from g2vlm.supervision.geovr import LEAST_TAN, GeoVRPrediction, TermName
+from g2vlm.supervision.spatialsv import SpatialSVPrediction, Task
+from geometry import apply_rigid, invert_rigid
+from geometry.pose_encoding import decode_pose
+from geometry.rays import camera_from_rays
+from geometry.transforms import small_matmul
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +47,11 @@ class Lifting(ABC):
         supervision: of that kind.
     """
 
-    def __init__(self, supervision: Supervision):
-        self.supervision = supervision
-
     sources: ClassVar[dict[str, str]]
     """What a scene can be made from -> how, in words for people; the first that the heads have is the default."""
+
+    def __init__(self, supervision: Supervision):
+        self.supervision = supervision
 
     @abstractmethod
     def missing(self, source: str) -> tuple[str, ...]:
@@ -61,6 +61,58 @@ class Lifting(ABC):
     def scene(self, prediction: Any, source: str) -> LiftedScene:
         """The scene of a prediction of the heads."""
 
-    def shape(self, grid: Grid, size: tuple[int, int]) -> ClipShape:
-        """What the heads are told of a clip of `grid` tokens whose images have `size` = (H, W)."""
-        return ClipShape(size, grid)
+
+class SpatialSVLifting(Lifting):
+    """Scenes of the predicted maps (interpretable lifting). Every camera is the one that fits the view's ray map."""
+
+    sources: ClassVar[dict[str, str]] = {
+        "depth": "depth seen from the cameras of the ray map",
+        "points": "points as predicted, with the cameras of the ray map",
+    }
+    _tasks: ClassVar[dict[str, tuple[Task, ...]]] = {"depth": ("depth", "ray"), "points": ("point", "ray")}
+
+    def missing(self, source: str) -> tuple[str, ...]:
+        """As in `Lifting`: tasks."""
+        return tuple(task for task in self._tasks[source] if task not in self.supervision.config.tasks)
+
+    def scene(self, prediction: SpatialSVPrediction, source: str) -> LiftedScene:
+        """As in `Lifting`; without a unit, which training does not teach."""
+        rays = prediction.maps["ray"]
+        cam_to_world, intrinsics = camera_from_rays(rays.values, rays.confidence)
+        if source == "depth":
+            depth, confidence = prediction.maps["depth"]
+            return LiftedScene(depth[..., 0], cam_to_world, intrinsics, confidence=confidence)
+        points, confidence = prediction.maps["point"]
+        depth = apply_rigid(invert_rigid(cam_to_world), points)[..., 2]
+        return LiftedScene(depth, cam_to_world, intrinsics, points, confidence)
+
+
+class GeoVRLifting(Lifting):
+    """Reconstructions as in GeoVR's Fig. 6: the predicted depth, seen from the predicted cameras, in the first one."""
+
+    sources: ClassVar[dict[str, str]] = {"depth": "depth seen from the predicted cameras"}
+    _terms: ClassVar[tuple[TermName, ...]] = ("camera", "depth")
+
+    def missing(self, source: str) -> tuple[str, ...]:
+        """As in `Lifting`: terms."""
+        return tuple(term for term in self._terms if term not in self.supervision.config.terms)
+
+    def scene(self, prediction: GeoVRPrediction, source: str = "depth") -> LiftedScene:
+        """As in `Lifting`: the first pose is the identity, and a principal point is (W/2, H/2)."""
+        assert prediction.camera is not None
+        assert prediction.depth is not None
+        height, width = prediction.depth.shape[-2:]
+        world_to_cam, intrinsics = decode_pose(prediction.camera, (height, width), least_tan=LEAST_TAN)
+        to_first = small_matmul(world_to_cam[0], invert_rigid(world_to_cam[1:]))
+        identity = torch.eye(4, dtype=to_first.dtype, device=to_first.device)
+        return LiftedScene(
+            prediction.depth,
+            torch.cat([identity[None], to_first]),
+            intrinsics,
+            confidence=prediction.confidence,
+            metres_per_unit=prediction.scale,
+        )
+
+
+LIFTINGS: dict[str, type[Lifting]] = {"geovr": GeoVRLifting, "spatialsv": SpatialSVLifting}
+"""Kind of heads -> what makes scenes of their predictions. Kinds that predict no scene are not here."""

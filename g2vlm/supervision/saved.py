@@ -62,7 +62,7 @@ def build_supervision(kind: str, config: Any, fit: Fit) -> Supervision:
     Raises:
         ValueError: a config or a fit that it refuses.
     """
-    return imported(SUPERVISIONS[kind])(config, fit)
+    return _imported(SUPERVISIONS[kind])(config, fit)
 
 
 def write_supervision(folder: Path, name: str, supervision: Supervision, weights: Mapping[str, Tensor]) -> None:
@@ -141,7 +141,7 @@ def _read_record(file: Path) -> tuple[str, Any, Fit]:
     kind = record["kind"]
     if kind not in SUPERVISIONS:
         raise _unusable(file, f"kind is {kind!r}; known: {', '.join(SUPERVISIONS)}")
-    config = _from_plain(imported(CONFIGS[kind]), record["config"], f"{file}: config")
+    config = _from_plain(_imported(CONFIGS[kind]), record["config"], f"{file}: config")
     return kind, config, _from_plain(Fit, record["fit"], f"{file}: fit")
 
 
@@ -179,7 +179,6 @@ def _specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def imported(place: str) -> Any:
-    """What `module:name` is."""
+def _imported(place: str) -> Any:
     module, name = place.split(":")
     return getattr(import_module(module), name)

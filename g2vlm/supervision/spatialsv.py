@@ -6,7 +6,7 @@ predicted ones, C channels of a task.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from g2vlm.supervision.backbones.base import Tapped, Taps, clip
 from g2vlm.supervision.base import ClipShape, Fit, Heads, Supervision
 from g2vlm.supervision.dense_head import NUM_LEVELS, DPTWidths
 from g2vlm.supervision.heads import LiftHeads, LiftProjectors, SharedLiftProjector, TokenMLP
-from g2vlm.supervision.lifting import LiftedScene, Lifting
-from geometry import apply_rigid, invert_rigid
-from geometry.rays import camera_from_rays
 
 Task = Literal["depth", "ray", "point"]
 
@@ -183,28 +180,3 @@ class SpatialSV(Supervision):
     def taps(self) -> Taps:
         """The four layers, and the last one with distillation."""
         return self.heads.taps
-
-
-class SpatialSVLifting(Lifting):
-    """Scenes of the predicted maps (interpretable lifting). Every camera is the one that fits the view's ray map."""
-
-    sources: ClassVar[dict[str, str]] = {
-        "depth": "depth seen from the cameras of the ray map",
-        "points": "the point map, with the cameras of the ray map",
-    }
-    _maps: ClassVar[dict[str, tuple[Task, ...]]] = {"depth": ("depth", "ray"), "points": ("point", "ray")}
-
-    def missing(self, source: str) -> tuple[str, ...]:
-        """As in `Lifting`: tasks."""
-        return tuple(task for task in self._maps[source] if task not in self.supervision.config.tasks)
-
-    def scene(self, prediction: SpatialSVPrediction, source: str) -> LiftedScene:
-        """As in `Lifting`; without a unit, as the teacher's was lost in training."""
-        rays = prediction.maps["ray"]
-        cam_to_world, intrinsics = camera_from_rays(rays.values, rays.confidence)
-        if source == "depth":
-            depth, confidence = prediction.maps["depth"]
-            return LiftedScene(depth[..., 0], cam_to_world, intrinsics, confidence=confidence)
-        points, confidence = prediction.maps["point"]
-        depth = apply_rigid(invert_rigid(cam_to_world), points)[..., 2]
-        return LiftedScene(depth, cam_to_world, intrinsics, points, confidence)

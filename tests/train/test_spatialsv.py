@@ -10,6 +10,7 @@ import torch
 
 from g2vlm.data.rooms import RoomsSource
 from g2vlm.data.types import ViewRequest
+from g2vlm.errors import InputError
 from g2vlm.supervision.base import ClipShape, SupervisedModel, SupervisedOutput, TeacherFeatures
 from g2vlm.supervision.dense_head import DPTWidths
 from g2vlm.supervision.spatialsv import MapPrediction, SpatialSVHeads, SpatialSVPrediction, Task
@@ -207,7 +208,7 @@ def report(
     own: SpatialSVObjective, predictions: tuple[Any, ...], targets: tuple[TeacherTargets | None, ...]
 ) -> LossReport:
     output = SupervisedOutput(None, None, {"spatialsv": predictions})
-    return own(output, SimpleNamespace(targets=targets))  # pyright: ignore[reportArgumentType]
+    return own(output, SimpleNamespace(targets=targets))
 
 
 def test_terms_weigh_as_configured_and_are_means_over_clips(room: TeacherTargets) -> None:
@@ -262,10 +263,20 @@ def test_signals_can_be_left_out(
 
 def test_a_teacher_without_the_block_is_refused() -> None:
     _, backbone, _ = of("ours")
-    with pytest.raises(ValueError, match="the teacher gives 3, 5"):
+    with pytest.raises(InputError, match="the teacher gives the blocks 3, 5"):
         SpatialSVObjective.build(replace(CONFIG, teacher_block=4), backbone, FEATURES)
-    with pytest.raises(ValueError, match="a teacher that gives features"):
+    with pytest.raises(InputError, match="a teacher that gives features"):
         SpatialSVObjective.build(CONFIG, backbone, None)
+    layers = replace(HEADS, layers=(1, 2, 3, 99))
+    with pytest.raises(InputError, match="spatialsv does not fit"):
+        SpatialSVObjective.build(replace(CONFIG, heads=layers), backbone, FEATURES)
+
+
+def test_what_has_no_weight_has_no_heads() -> None:
+    own = objective(replace(CONFIG, ray=0.0, distill=0.0))[0]
+    assert own.factors.keys() == TERMS - {"ray_l2", "ray_confidence", "distill"}
+    assert own.module.config.tasks == ("depth", "point")
+    assert own.needs.blocks == ()
 
 
 # ---- with a model ---------------------------------------------------------------------------------------------------
@@ -294,7 +305,7 @@ def gradient_norm(parameters: Any) -> float:
 @pytest.mark.parametrize("name", ["ours", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_every_term_reaches_the_decoder(name: str, room: TeacherTargets) -> None:
     own, model, inputs, shapes = batch(name, room)
-    found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))  # pyright: ignore
+    found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))
     assert found.keys() == {f"spatialsv.{term}" for term in TERMS}
     weights = [p for n, p in model.backbone.named_parameters() if ".layers.0" in n and p.requires_grad]
     assert weights
@@ -310,8 +321,7 @@ def test_clips_without_text_train_on_the_geometry_alone(name: str, room: Teacher
     own, model, inputs, shapes = batch(name, room)
     _, _, unanswered, _ = batch(name, room, answered=False)
     reports = [
-        own(model(shapes=shapes, **given), SimpleNamespace(targets=(room, None)))  # pyright: ignore
-        for given in (inputs, unanswered)
+        own(model(shapes=shapes, **given), SimpleNamespace(targets=(room, None))) for given in (inputs, unanswered)
     ]
     for term, value in reports[1].items():
         torch.testing.assert_close(value.value, reports[0][term].value)
@@ -322,7 +332,7 @@ def test_clips_without_text_train_on_the_geometry_alone(name: str, room: Teacher
 
 def test_without_any_clip_every_head_has_a_zero_gradient(room: TeacherTargets) -> None:
     own, model, inputs, _ = batch("ours", room)
-    found = own(model(shapes=[None, None], **inputs), SimpleNamespace(targets=(None, None)))  # pyright: ignore
+    found = own(model(shapes=[None, None], **inputs), SimpleNamespace(targets=(None, None)))
     assert found.keys() == {f"spatialsv.{term}" for term in TERMS}
     assert all(term.value.item() == 0 and term.count == 0 for term in found.values())
     sum(term.value for term in found.values()).backward()
@@ -335,7 +345,7 @@ def test_one_clip_is_learned_by_heart(room: TeacherTargets) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
     curve: list[dict[str, float]] = []
     for _ in range(80):
-        found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))  # pyright: ignore
+        found = own(model(shapes=shapes, **inputs), SimpleNamespace(targets=(room, None)))
         curve.append({name: term.value.item() for name, term in found.items()})
         optimizer.zero_grad()
         sum(term.factor * term.value for term in found.values()).backward()

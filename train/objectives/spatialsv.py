@@ -9,6 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from g2vlm.errors import InputError
 from g2vlm.supervision.backbones.base import Backbone
 from g2vlm.supervision.base import Fit, TeacherFeatures
 from g2vlm.supervision.spatialsv import MapPrediction, SpatialSV, SpatialSVHeads, SpatialSVPrediction
@@ -34,7 +35,7 @@ class SpatialSVConfig:
 
     Args:
         heads: what is predicted.
-        depth, ray, point, distill: weights of the tasks' losses and of the distillation.
+        depth, ray, point, distill: weights of the tasks' losses and of the distillation; 0 leaves out the heads, too.
         lambda_c: weight of the logarithm of the confidence.
         gradient_strides: of the depth gradients; one stride of 1 is the equation alone.
         gradient_average: per_pixel: both directions over the number of valid pixels (VGGT's, and as the paper has it);
@@ -96,6 +97,31 @@ def every(intrinsics: Tensor, stride: int) -> Tensor:
     return intrinsics * scale[:, None]
 
 
+def weighted(config: SpatialSVConfig) -> SpatialSVHeads:
+    """The heads that have a weight.
+
+    Raises:
+        ValueError: none.
+    """
+    tasks = tuple(task for task in config.heads.tasks if getattr(config, task))
+    return replace(config.heads, tasks=tasks, distill=config.heads.distill and config.distill > 0)
+
+
+def distilled_block(config: SpatialSVConfig, features: TeacherFeatures | None) -> int:
+    """The teacher's block whose features are distilled.
+
+    Raises:
+        InputError: the teacher does not give it.
+    """
+    assert features is not None
+    block = features.depth - 1 if config.teacher_block is None else config.teacher_block
+    if block not in features.blocks:
+        given = ", ".join(map(str, features.blocks))
+        fix = "set objectives.spatialsv.teacher_block, or the teacher's blocks"
+        raise InputError(f"spatialsv distils block {block}", f"the teacher gives the blocks {given}", fix)
+    return block
+
+
 class SpatialSVObjective(SupervisionObjective):
     """SpatialSV's terms. Distillation is reported as 1 - cosine; eq. 2 has - cosine, whose gradient is the same.
 
@@ -118,18 +144,16 @@ class SpatialSVObjective(SupervisionObjective):
         """For a backbone, and the teacher whose features are distilled.
 
         Raises:
-            ValueError: layers that the backbone does not have, or a teacher without the features that are distilled.
+            InputError: nothing to learn, layers that the backbone does not have, or a teacher without the features that
+                are distilled.
         """
-        module = SpatialSV(config.heads, Fit.of(backbone, features if config.heads.distill else None))
+        try:
+            config = replace(config, heads=weighted(config))
+            module = SpatialSV(config.heads, Fit.of(backbone, features if config.heads.distill else None))
+        except ValueError as error:
+            raise InputError("objectives.spatialsv does not fit", str(error), "change objectives.spatialsv") from None
         module.initialise(backbone)
-        block = None
-        if config.heads.distill:
-            assert features is not None
-            block = features.depth - 1 if config.teacher_block is None else config.teacher_block
-            if block not in features.blocks:
-                given = ", ".join(map(str, features.blocks))
-                raise ValueError(f"spatialsv distils block {block}; the teacher gives {given}: set teacher_block")
-        return cls(config, module, block)
+        return cls(config, module, distilled_block(config, features) if config.heads.distill else None)
 
     @property
     def needs(self) -> Needs:

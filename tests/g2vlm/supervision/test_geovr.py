@@ -13,11 +13,11 @@ from g2vlm.supervision.dense_head import patch_grid
 from g2vlm.supervision.geovr import (
     GeoVR,
     GeoVRHeads,
-    GeoVRLifting,
     GeoVRPrediction,
     compared_channels,
     pooled_grid,
 )
+from g2vlm.supervision.lifting import GeoVRLifting
 from geometry import apply_rigid, unproject
 from geometry.losses.features import pool_patches, pool_to_grid, resize_to_grid
 from tests.g2vlm.supervision.toy import FEATURES, Toy, room_targets

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from g2vlm.supervision.backbones import Taps, backbone_of
 from g2vlm.supervision.base import ClipShape, Fit, SupervisedModel, TeacherFeatures
 from g2vlm.supervision.dense_head import DPTWidths
-from g2vlm.supervision.lifting import LiftedScene
+from g2vlm.supervision.lifting import LiftedScene, SpatialSVLifting
 from g2vlm.supervision.spatialsv import (
     MapPrediction,
     SpatialSV,
     SpatialSVHeads,
-    SpatialSVLifting,
     SpatialSVPrediction,
     Task,
 )

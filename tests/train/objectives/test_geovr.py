@@ -13,7 +13,8 @@ from torch import Tensor
 from g2vlm.errors import InputError
 from g2vlm.supervision.backbones import backbone_of
 from g2vlm.supervision.base import ClipShape, Fit, SupervisedModel
-from g2vlm.supervision.geovr import GeoVR, GeoVRHeads, GeoVRLifting, GeoVRPrediction
+from g2vlm.supervision.geovr import GeoVR, GeoVRHeads, GeoVRPrediction
+from g2vlm.supervision.lifting import GeoVRLifting
 from g2vlm.supervision.targets import TeacherTargets
 from geometry import apply_rigid, unproject
 from geometry.pose_encoding import encode_pose
