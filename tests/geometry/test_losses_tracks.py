@@ -123,9 +123,9 @@ def test_similarities_are_forgotten_after_the_forward() -> None:
     """Per track a number and a row of cells is kept, never a row of the clip's patches."""
     sizes: list[int] = []
     clip = Clip(patches=50)
-    clip.tracks = PatchTracks(
-        *(torch.cat([getattr(clip.tracks, f)] * 8) for f in ("cells", "visible", "depth")), ANCHOR
-    )
+    tracks = clip.tracks
+    cells, visible, depth = (torch.cat([rows] * 8) for rows in (tracks.cells, tracks.visible, tracks.depth))
+    clip.tracks = PatchTracks(cells, visible, depth, ANCHOR)
 
     def pack(tensor: Tensor) -> Tensor:
         sizes.append(tensor.numel() if tensor.is_floating_point() else 0)

@@ -112,7 +112,8 @@ class SceneClips:
         else:
             count = self._request(index, seed).num_views
         turn = Turn(tuple(ImageAt(i) for i in range(count)), None)
-        return ChatShape((turn,), (self.size,) * count, count * self.geometry, self.size)
+        views = (count, self.size) if self.geometry else (0, (0, 0))
+        return ChatShape((turn,), (self.size,) * count, *views)
 
     def load(self, index: int, seed: int) -> ChatSample:
         """A clip of a scene; errors as in `shape`, and frames that cannot be read."""

@@ -162,7 +162,7 @@ def test_heads_stay_in_full_precision() -> None:
     """Half-precision states, as of a backbone in bfloat16."""
     gasp = GASP(GASPHeads(embed_dim=RANK), Fit(8, 2))
     states = torch.randn(4, 8).bfloat16()
-    tapped = Tapped(None, None, (((2, 2),),), hidden={1: (states,)}, raw_last=(states,))
+    tapped = Tapped(states, None, (((2, 2),),), hidden={1: (states,)}, raw_last=(states,))
     (embeddings,) = gasp.heads(tapped, [SHAPE])
     assert embeddings is not None
     assert embeddings.dtype == torch.float32
