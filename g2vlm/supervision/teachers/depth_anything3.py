@@ -156,7 +156,7 @@ class MetricScale:
     def __init__(self, weights: str | None = None, long_side: int | None = None):
         self.network = load_network(weights).eval().requires_grad_(False)
         self.prepare = Preparation(PATCH, long_side)
-        self.revision = fingerprint(str(weights))
+        self.revision, self.preprocessing = fingerprint(str(weights)), self.prepare.digest
 
     @torch.no_grad()
     def complete(self, clip: Clip, targets: TeacherTargets | None) -> TeacherTargets | None:

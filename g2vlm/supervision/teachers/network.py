@@ -93,6 +93,11 @@ class NetworkTeacher(ABC):
         self.name, self.prepare, self.features, self.revision = name, prepare, features, revision
         self.network: Any = network.eval().requires_grad_(False)
 
+    @property
+    def preprocessing(self) -> str:
+        """Hash of how it sees a clip."""
+        return self.prepare.digest
+
     def complete(self, clip: Clip, targets: TeacherTargets | None) -> TeacherTargets | None:
         """As in `Teacher`; a clip whose geometry is known gets features alone.
 
