@@ -51,6 +51,8 @@ from train.run import open_data
 
 log = logging.getLogger("train.cache_teacher")
 
+START = "spawn"
+"""How processes start: a forked one can neither use a GPU nor be sure of its threads."""
 _TOLD_EVERY = 100
 
 
@@ -180,7 +182,7 @@ def _fill_together(share: Share, total: int, processes: int) -> tuple[Counts, in
     """Fill a cache by several processes, each with consecutive samples; errors of any are raised here."""
     bounds = [round(total * i / processes) for i in range(processes + 1)]
     shares = [replace(share, start=bounds[i], stop=bounds[i + 1], number=i) for i in range(processes)]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
     try:
         with ProcessPoolExecutor(processes, context) as pool:
             results = list(pool.map(_fill_share, shares, [os.getpid()] * processes))

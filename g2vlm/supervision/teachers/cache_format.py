@@ -1,8 +1,9 @@
 """How a clip's targets are written down: small, checked, and read back within a stated error.
 
-depth and points: float16 in units of the clip's mean depth (relative error 2^-11); confidence: 8 bits of its logarithm
-between the clip's least and largest (error of the logarithm: their distance / 510); validity: one bit; cameras and
-scale: float32, exact; features: bfloat16. A depth beyond float16's range is written as not valid.
+depth and points: float16 in units of the clip's median depth, which no outlier moves (relative error 2^-11);
+confidence: 8 bits of its logarithm between the clip's least and largest (error of the logarithm: their distance / 510);
+validity: one bit; cameras and scale: float32, exact; features: bfloat16. A depth beyond float16's range is written as
+not valid.
 
 Shapes: S views, H W pixels.
 """
@@ -171,10 +172,9 @@ def _tensors(targets: TeacherTargets, fields: Sequence[str]) -> dict[str, Tensor
 
 
 def _unit(depth: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """() mean of the valid depth, 1 without any; and which pixels are valid and within float16 of it."""
+    """() median of the valid depth, 1 without any; and which pixels are valid and within float16 of it."""
     seen = positive(depth) if valid is None else valid & positive(depth)
-    total = torch.where(seen, depth, 0).double().sum()
-    unit = (total / seen.sum()).float() if bool(seen.any()) else torch.ones(())
+    unit = depth[seen].float().median() if bool(seen.any()) else torch.ones(())
     scaled = depth / unit
     return unit, seen & (scaled >= _LEAST_DEPTH) & (scaled <= _LARGEST_DEPTH)
 

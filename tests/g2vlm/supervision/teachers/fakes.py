@@ -100,7 +100,7 @@ class SyntheticTeacher:
     features = TeacherFeatures((1, 3), 4, 6)
 
     def __init__(self, wide: bool = True):
-        self.wide = wide
+        self.preprocessing = "wide" if wide else "narrow"
         self.asked: list[str] = []
 
     def complete(self, clip: Clip, targets: TeacherTargets | None) -> TeacherTargets | None:
@@ -111,7 +111,7 @@ class SyntheticTeacher:
         grid = (scene.size[0] // 14, scene.size[1] // 14)
         generator = torch.Generator().manual_seed(int(scene.images.sum()))
         noise = torch.rand(scene.depth.shape, generator=generator)
-        info = TeacherInfo(self.name, self.revision, scene.size, 14, scene.view_ids, "wide" if self.wide else "narrow")
+        info = TeacherInfo(self.name, self.revision, scene.size, 14, scene.view_ids, self.preprocessing)
         return TeacherTargets(
             num_views=scene.num_views,
             size=scene.size,
@@ -171,14 +171,17 @@ class _Fake(nn.Module):
 
 
 class FakeVGGT(_Fake):
-    patch, special, kept = 14, 5, range(24)
+    patch, special, sparse = 14, 5, False
 
     def aggregator(self, images: Tensor) -> tuple[list[Tensor | None], int]:
         self.now = self.seen(images)
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
         assert images.shape[-2] % (2 * self.patch) == 0
-        every = [tokens(block, VIEWS, grid, self.special, 2048)[None] for block in range(24)]
-        return [entry if block in self.kept else None for block, entry in enumerate(every)], self.special
+        unread = None if self.sparse else torch.zeros(1, VIEWS, 1, 1)
+        states = [unread] * 24
+        for block in (4, 11, 17, 23):
+            states[block] = tokens(block, VIEWS, grid, self.special, 2048)[None]
+        return states, self.special
 
     def pose(self) -> Tensor:
         return encode_pose(self.world_to_cam, self.now.intrinsics, self.now.size)[None]
@@ -192,7 +195,7 @@ class FakeVGGT(_Fake):
 
 
 class FakeOmega(FakeVGGT):
-    patch, special, kept = 16, 17, (4, 11, 17, 23)
+    patch, special, sparse = 16, 17, True
 
     def camera_head(self, tokens: list[Tensor], patch_token_start: int) -> Tensor:
         return self.pose()
