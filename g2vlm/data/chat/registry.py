@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from g2vlm.data.chat.fixed import FIXED_OPTIONS, FixedSamples, split_fixed
 from g2vlm.data.chat.types import ChatSource, Size
 from g2vlm.data.registry import option_names, unknown
 from g2vlm.errors import InputError
@@ -29,7 +30,7 @@ def build_chat_source(name: str, root: Path | None, view_size: Size, **options: 
         name: a key of `SOURCES`.
         root: its file or folder; None for what is rendered.
         view_size: (H, W) of all views of a run, for a source that has views.
-        options: arguments of the source's class.
+        options: arguments of the source's class, and of `FixedSamples` for a finite list of samples.
 
     Raises:
         InputError: unknown name or option (the nearest known one is suggested), or a root missing or not wanted.
@@ -42,9 +43,11 @@ def build_chat_source(name: str, root: Path | None, view_size: Size, **options: 
     module, class_name = SOURCES[name].split(":")
     source_class = getattr(import_module(module), class_name)
     known = option_names(source_class)
+    options, fixed = split_fixed(options)
     for option in options:
         if option not in known:
-            raise unknown(f"option of {name}", option, [key for key in known if key != "view_size"])
+            raise unknown(f"option of {name}", option, [*(key for key in known if key != "view_size"), *FIXED_OPTIONS])
     if "view_size" in known:
         options = {"view_size": view_size, **options}
-    return source_class(**options) if root is None else source_class(Path(root), **options)
+    source = source_class(**options) if root is None else source_class(Path(root), **options)
+    return FixedSamples(source, **fixed) if fixed else source

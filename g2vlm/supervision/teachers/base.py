@@ -17,6 +17,16 @@ class Teacher(Protocol):
         ...
 
     @property
+    def revision(self) -> str:
+        """Of its weights; empty where there are none."""
+        ...
+
+    @property
+    def preprocessing(self) -> str:
+        """Hash of how it sees a clip; empty where it takes it as it is."""
+        ...
+
+    @property
     def online(self) -> bool:
         """It computes on the training device: asked in the training process before a step; else by loader workers."""
         ...

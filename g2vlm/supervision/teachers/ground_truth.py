@@ -14,6 +14,7 @@ class GroundTruth:
     """Depth, validity, cameras and the metric scale of clips whose data have them; it knows no features."""
 
     name = "ground_truth"
+    revision = preprocessing = ""
     online = False
     features: TeacherFeatures | None = None
 
@@ -50,7 +51,7 @@ def targets_of_scene(scene: SceneSample) -> TeacherTargets | None:
     found = TeacherTargets(
         num_views=scene.num_views,
         size=scene.size,
-        info=TeacherInfo(f"ground truth of {scene.dataset}", scene.scene, scene.size, view_ids=scene.view_ids),
+        info=TeacherInfo(f"ground truth of {scene.dataset}", "", scene.size, view_ids=scene.view_ids),
         depth=depth,
         valid=None if depth is None else valid,
         cam_to_world=scene.cam_to_world,

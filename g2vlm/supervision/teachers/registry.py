@@ -17,6 +17,7 @@ TEACHERS = {
     "pi3": "g2vlm.supervision.teachers.pi3:Pi3",
     "depth_anything3": "g2vlm.supervision.teachers.depth_anything3:DepthAnything3",
     "depth_anything3_metric": "g2vlm.supervision.teachers.depth_anything3:MetricScale",
+    "depth_anything": "g2vlm.supervision.teachers.depth_anything:DepthAnything",
     "cut3r": "g2vlm.supervision.teachers.cut3r:CUT3R",
 }
 NEEDS_ROOT = ("cache",)
