@@ -23,8 +23,9 @@ PROJECTOR = "model.multi_modal_projector"
 
 def logits(fused: FusedModel) -> torch.Tensor:
     """Answers of a fused model to fixed inputs and geometry."""
+    config: Any = fused.model.config
     video = isinstance(fused, FusedLlavaVideo)
-    inputs = llava_inputs(tokens_per_frame(SIDE)) if video else qwen_inputs(fused.model.config.model_type)
+    inputs = llava_inputs(tokens_per_frame(SIDE)) if video else qwen_inputs(config.model_type)
     with torch.no_grad(), fused.given_frames.use(frames(4, 4, 6) if video else frames(5, 5, None, 7)):
         return fused(**inputs).logits
 
