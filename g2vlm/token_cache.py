@@ -28,6 +28,8 @@ class CachedTokens:
         InputError: something else made them.
     """
 
+    online = False
+
     def __init__(self, root: Path, made_by: Mapping[str, Any] | None = None):
         self.shards = Shards(Path(root), made_by)
         if "token_dim" not in self.shards.made_by:

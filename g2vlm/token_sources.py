@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from g2vlm.checkpoint import load_model
 from g2vlm.data.registry import unknown
 from g2vlm.errors import InputError
 from g2vlm.geometry_tokens import Clip, GeometricExpert, GeometryTokens, GeometryTokenSource
 from g2vlm.supervision.teachers.base import Teacher
+from g2vlm.supervision.teachers.registry import build_teacher
 from g2vlm.token_cache import CachedTokens
 
 MeanCamera = Literal["mean", "none"]
@@ -44,6 +47,11 @@ class TeacherTokens:
         """Width of the teacher's features."""
         return self._dim
 
+    @property
+    def online(self) -> bool:
+        """As the teacher."""
+        return self.teacher.online
+
     def tokens(self, clip: Clip) -> GeometryTokens:
         """As in the protocol.
 
@@ -63,13 +71,16 @@ class TeacherTokens:
         return GeometryTokens(patches, camera, (maps.shape[1], maps.shape[2]), metric, self.block)
 
 
-def build_token_source(name: str, root: Path | str | None = None, **options: Any) -> GeometryTokenSource:
+def build_token_source(
+    name: str, root: Path | str | None = None, device: torch.device | str = "cpu", **options: Any
+) -> GeometryTokenSource:
     """A source by its name in configs.
 
     Args:
         name: `cache`: tokens that were made before; `geometric_expert`: of the model in a checkpoint folder;
             `teacher`: features of a teacher.
         root: folder of the cache, of the model, or of the teacher if it has one.
+        device: for an expert; a teacher computes where the clips are that it is asked about.
         options: `made_by` of a cache; `layer` and `camera` of an expert; of a teacher its name as `teacher`, `block`
             and `camera` as in `TeacherTokens`, and arguments of its class.
 
@@ -83,7 +94,10 @@ def build_token_source(name: str, root: Path | str | None = None, **options: Any
     for option in options:
         if known and option not in known:
             raise unknown(f"option of {name}", option, [*known])
-    return build(root, **options)
+    source = build(root, **options)
+    if isinstance(source, GeometricExpert):
+        source.model.to(device)  # pyright: ignore[reportArgumentType]
+    return source
 
 
 def _cache(root: Path | str | None, **options: Any) -> CachedTokens:
@@ -97,8 +111,6 @@ def _expert(root: Path | str | None, **options: Any) -> GeometricExpert:
 
 
 def _teacher(root: Path | str | None, teacher: str = "", **options: Any) -> TeacherTokens:
-    from g2vlm.supervision.teachers.registry import build_teacher
-
     own = {key: options.pop(key) for key in ("block", "camera") if key in options}
     return TeacherTokens(build_teacher(teacher, root, **options), **own)
 

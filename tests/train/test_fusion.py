@@ -1,20 +1,35 @@
-"""Joint training of a model with fusion: it learns, its source does not, and its dropout is resumed to the bit."""
+"""Joint training of a model with fusion: with its own tokens, or given ones; its source learns nothing."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from g2vlm.checkpoint import load_model
-from tests.train.chats import CE, COLOURS, Colours, chat_run, chat_steps, chat_trainer, pack
+from g2vlm.asking import look
+from g2vlm.chat_model import ChatModel
+from g2vlm.checkpoint import load_model, random_model, save_model
+from g2vlm.data.chat.types import ChatSample
+from g2vlm.errors import InputError
+from g2vlm.geometry_tokens import Clip, GeometricExpert
+from g2vlm.images import from_memory
+from g2vlm.sampling import GenerationOptions
+from g2vlm.token_cache import write_tokens
+from tests.train.chats import CE, COLOURS, Colours, chat_config, chat_run, chat_steps, chat_trainer, pack
 from tests.train.test_state import equal_runs
-from train.config import RunConfig
+from train.config import RunConfig, TokenSourceConfig
 from train.engine import engine
 from train.loop import train
 from train.optim import learning_rate, set_learning_rate
 from train.packing import ChatMixture
+from train.start import build_model
+
+SHORT = GenerationOptions(max_new_tokens=2)
 
 
 def fused_run(steps: int = 4, dropout: float = 0.1, **runtime) -> RunConfig:
@@ -66,3 +81,127 @@ def test_the_model_of_a_run_keeps_its_fusion(finished: Path) -> None:
     assert model.config.fusion is not None
     assert model.config.fusion.dropout == 0.1
     assert "fusion.query.weight" in model.state_dict()
+
+
+# A checkpoint that gets a fusion, and tokens that are given.
+
+
+class Still(Colours):
+    """Every sample is always the same, so that its tokens can be kept."""
+
+    def load(self, index: int, seed: int) -> ChatSample:
+        return super().load(index, index)
+
+
+def still() -> Still:
+    return Still(views=1, clip=True, num_samples=6)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without fusion, of weights so large that geometry counts."""
+    model = random_model(chat_config())
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("start") / "model"
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(start: Path) -> Path:
+    source, clips = GeometricExpert(load_model(start)), (still().load(i, i).clip for i in range(6))
+    made_by = {"source": "start", "preprocessing": "none"}
+    write_tokens(start.parent / "tokens", source, (Clip.of(clip) for clip in clips if clip), made_by)
+    return start.parent / "tokens"
+
+
+def checkpoint_run(start: Path, given: TokenSourceConfig | None = None, **fusion: Any) -> RunConfig:
+    config = fused_run(2, **({"checkpoint_every": 0, "validate_every": 0} | fusion.pop("runtime", {})))
+    where = {} if given is None else {"source": "given", "token_dim": 128}
+    model = {"checkpoint": str(start), "fusion": {"dropout": 0.0, **where, **fusion}}
+    data = replace(config.data, color_augmentation=False)
+    return replace(config, model=model, geometry_tokens=given, data=data)
+
+
+def losses(config: RunConfig, folder: Path, source: Colours | None = None) -> list[float]:
+    mixture = ChatMixture((source or still(),), (1.0,))
+    with engine("ddp", "cpu") as one:
+        train(config, one, folder, mixture, mixture)
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in steps if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize("tokens", ["all", "camera"])
+def test_given_tokens_train_as_the_own(tokens: str, start: Path, cache: Path, tmp_path: Path) -> None:
+    """Of the same frozen expert, whether asked in every step or kept: the same losses, which geometry matters for."""
+    own = losses(checkpoint_run(start, tokens=tokens), tmp_path / "own")
+    asked = TokenSourceConfig("geometric_expert", str(start))
+    kept = TokenSourceConfig("cache", str(cache), {"made_by": {"preprocessing": "none"}})
+    assert losses(checkpoint_run(start, asked, tokens=tokens), tmp_path / "asked") == pytest.approx(own, abs=1e-6)
+    assert losses(checkpoint_run(start, kept, tokens=tokens), tmp_path / "kept") == pytest.approx(own, abs=1e-6)
+    assert losses(checkpoint_run(start, kept, tokens="patches"), tmp_path / "other") != pytest.approx(own, abs=1e-6)
+
+
+def test_a_run_that_gave_a_checkpoint_its_fusion_goes_on_and_answers(start: Path, tmp_path: Path) -> None:
+    two = checkpoint_run(start, runtime={"validate_every": 0})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    losses(two, whole)
+    losses(replace(two, runtime=replace(two.runtime, steps=1)), parts)
+    losses(replace(two, runtime=replace(two.runtime, resume="auto")), parts)
+    ends = [load_file(folder / "model" / "model.safetensors") for folder in (whole, parts)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    before = load_file(start / "model.safetensors")
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, ends[0][name])}
+    assert not any(name.startswith(("geometry_", "heads.")) or ".geometric" in name for name in moved)
+    assert {name.split(".")[0] for name in ends[0].keys() - before.keys()} == {"fusion"}
+    model = load_model(whole / "model")
+    image = from_memory(np.full((30, 30, 3), 200, np.uint8))
+    assert look(ChatModel.of(model, "fused"), [image], [image], 28).ask("What colour?", SHORT).tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"geometry_tokens": TokenSourceConfig()}, "geometry_tokens without fusion.source: given"),
+        ({"geometry_tokens": None, "given": True}, "fusion.source: given without geometry_tokens"),
+        ({"given": True, "width": 64}, "have 128 values, the fusion takes 64"),
+        ({"given": True, "made_by": {"source": "other"}}, "source is 'start', wanted 'other'"),
+        ({"given": True, "source": Colours(views=1)}, "no source of data.chat shows clips of scenes: colours"),
+        ({"given": True, "source": Still(views=1, clip=True, size=(28, 42))}, "2 frames|frames of 28 x 28 are kept"),
+    ],
+)
+def test_tokens_that_cannot_be_given(
+    change: dict[str, Any], message: str, start: Path, cache: Path, tmp_path: Path
+) -> None:
+    kept = TokenSourceConfig("cache", str(cache), {"made_by": change.get("made_by", {})})
+    config = checkpoint_run(start, kept if change.get("given") else None)
+    assert isinstance(config.model, dict)
+    if "width" in change:
+        config.model["fusion"]["token_dim"] = change["width"]
+    if "geometry_tokens" in change:
+        config = replace(config, geometry_tokens=change["geometry_tokens"])
+    with pytest.raises(InputError, match=message):
+        losses(config, tmp_path, change.get("source"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "a checkpoint gets a fusion and nothing else"),
+        ({"fusion": {}, "heads": {"depth": 1}}, "nothing else; given: checkpoint, fusion, heads"),
+        ({"fusion": {"head": 8}}, "unknown key fusion.head; known: head_dim"),
+        ({"fusion": {"head_dim": 48}}, "does not divide"),
+        ({"fusion": {"init": "ones"}}, "allowed: vlm3r, zero"),
+    ],
+)
+def test_a_checkpoint_gets_a_fusion_and_nothing_else(model: dict[str, Any], message: str, start: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        build_model({"checkpoint": str(start), **model}, 0)
+
+
+def test_a_fusion_is_not_replaced(finished: Path) -> None:
+    with pytest.raises(InputError, match="has a fusion already"):
+        build_model({"checkpoint": str(finished / "model"), "fusion": {}}, 0)
