@@ -21,6 +21,7 @@ SEEING, READING = Colours(views=2, pictures=2), Colours(views=0, pictures=0)
 STEPS: dict[str, tuple[list[Colours], list[Colours]]] = {
     "views and images on one rank": ([SEEING, READING], [READING]),
     "views on one, images on the other": ([Colours(pictures=0)], [Colours(views=0), READING, READING]),
+    "views of the images on one": ([SEEING], [Colours(pictures=0), Colours(views=0)]),
     "unknown depth on one": ([Colours(pictures=2, depth=False)], [SEEING]),
     "text alone": ([READING], [READING, READING]),
     "nothing readable on one": ([], [SEEING]),
