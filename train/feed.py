@@ -14,6 +14,7 @@ from g2vlm.companions import PROCESSOR
 from g2vlm.config import G2VLMConfig
 from g2vlm.data.batch import SceneBatch
 from g2vlm.data.chat.batch import ChatBatch, chat_inputs, collate_chats
+from g2vlm.data.chat.jsonl import JsonlChats
 from g2vlm.data.chat.layout import ChatLayout
 from g2vlm.data.chat.types import ChatSample
 from g2vlm.data.frames import FrameSource
@@ -217,13 +218,15 @@ class ChatFeed:
         return first if first is not None and bool(first.valid.any()) else None
 
     def write_files(self, folder: Path) -> None:
-        """The processor as the model was trained: image sizes and the sentence before the views."""
+        """The processor as the model was trained: image sizes, the sentence before the views, prompts of videos."""
         stream = self.dataset.stream
         trained = {
             "semantic_rule": stream.layout.rule.plain(),
             "views_prompt": stream.layout.views_prompt,
             "view_width": stream.view_size[1],
         }
+        if prompts := {own.video_prompt for own in stream.mixture.sources if isinstance(own, JsonlChats)}:
+            trained["trained_video_prompts"] = sorted(prompts)
         values = read_json(folder / PROCESSOR) | trained
         (folder / PROCESSOR).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

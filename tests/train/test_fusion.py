@@ -1,6 +1,7 @@
 """Joint training of a model with fusion: with its own tokens, or given ones; its source learns nothing."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from g2vlm.asking import look
-from g2vlm.chat_model import ChatModel
+from g2vlm.chat_model import ChatModel, processor_of
 from g2vlm.checkpoint import load_model, random_model, save_model
+from g2vlm.data.chat.jsonl import JsonlChats
 from g2vlm.data.chat.types import ChatSample
 from g2vlm.errors import InputError
 from g2vlm.geometry_tokens import Clip, GeometricExpert
 from g2vlm.images import from_memory
 from g2vlm.sampling import GenerationOptions
 from g2vlm.token_cache import write_tokens
-from tests.train.chats import CE, COLOURS, Colours, chat_config, chat_run, chat_steps, chat_trainer, pack
+from g2vlm.weights import read_json
+from tests.train.chats import CE, COLOURS, VIEW_SIZE, Colours, chat_config, chat_run, chat_steps, chat_trainer, pack
 from tests.train.test_state import equal_runs
 from train.config import RunConfig, TokenSourceConfig
 from train.engine import engine
@@ -126,7 +130,7 @@ def checkpoint_run(start: Path, given: TokenSourceConfig | None = None, **fusion
     return replace(config, model=model, geometry_tokens=given, data=data)
 
 
-def losses(config: RunConfig, folder: Path, source: Colours | None = None) -> list[float]:
+def losses(config: RunConfig, folder: Path, source: Any = None) -> list[float]:
     mixture = ChatMixture((source or still(),), (1.0,))
     with engine("ddp", "cpu") as one:
         train(config, one, folder, mixture, mixture)
@@ -200,6 +204,24 @@ def test_tokens_that_cannot_be_given(
 def test_a_checkpoint_gets_a_fusion_and_nothing_else(model: dict[str, Any], message: str, start: Path) -> None:
     with pytest.raises(InputError, match=message):
         build_model({"checkpoint": str(start), **model}, 0)
+
+
+def test_a_model_trained_on_timed_videos_says_so(start: Path, tmp_path: Path) -> None:
+    """Its images are fused with the views of the same frames."""
+    (tmp_path / "video").mkdir()
+    for i in range(4):
+        Image.new("RGB", (30, 30), (60 * i, 0, 0)).save(tmp_path / f"video/{i}.png")
+    said = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": "Four."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": said, "video": "video"}))
+    options = {"frames": 2, "geometry": True, "view_size": VIEW_SIZE}
+    source = JsonlChats(tmp_path / "rows.jsonl", video_prompt="timed", fps=1, **options)
+    config = checkpoint_run(start)
+    chat = replace(config.data.chat, tokens_per_pack=600)
+    (loss, _) = losses(replace(config, data=replace(config.data, chat=chat)), tmp_path / "run", source)
+    assert math.isfinite(loss)
+    processor = read_json(tmp_path / "run/model/processor_config.json")
+    assert processor["trained_video_prompts"] == ["timed"]
+    assert processor_of(load_model(tmp_path / "run/model").config).trained_video_prompts == ["timed"]
 
 
 def test_a_fusion_is_not_replaced(finished: Path) -> None:
