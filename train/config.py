@@ -301,7 +301,7 @@ class RunConfig:
             folder that gets a fusion: {checkpoint: folder, fusion: {key: value}}.
         trainable: group of parameters -> multiplier of its learning rate; an absent group is frozen. Groups:
             geometry_encoder, projection, geometric_expert, semantic_expert, embeddings, lm_head, geometry_heads,
-            semantic_encoder, fusion.
+            semantic_encoder, fusion; and merger, the part of the semantic encoder behind its tower.
         lora: adapters in place of the weights of the experts that it names; null: none.
         objectives: what is minimised.
         teachers: of the geometric supervision among the objectives, asked in order: each adds what those before it do

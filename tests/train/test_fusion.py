@@ -17,8 +17,10 @@ from g2vlm.asking import look
 from g2vlm.chat_model import ChatModel, processor_of
 from g2vlm.checkpoint import load_model, random_model, save_model
 from g2vlm.data.chat.jsonl import JsonlChats
+from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.types import ChatSample
 from g2vlm.errors import InputError
+from g2vlm.fusion_config import FusionConfig
 from g2vlm.geometry_tokens import Clip, GeometricExpert
 from g2vlm.images import from_memory
 from g2vlm.sampling import GenerationOptions
@@ -26,12 +28,14 @@ from g2vlm.token_cache import write_tokens
 from g2vlm.weights import read_json
 from tests.train.chats import CE, COLOURS, VIEW_SIZE, Colours, chat_config, chat_run, chat_steps, chat_trainer, pack
 from tests.train.test_state import equal_runs
-from train.config import RunConfig, TokenSourceConfig
+from train.config import RunConfig, TokenSourceConfig, load_config, save_config
 from train.engine import engine
 from train.loop import train
 from train.optim import learning_rate, set_learning_rate
 from train.packing import ChatMixture
+from train.run import open_data
 from train.start import build_model
+from train.trainable import GROUPS, PARTS
 
 SHORT = GenerationOptions(max_new_tokens=2)
 
@@ -227,3 +231,79 @@ def test_a_model_trained_on_timed_videos_says_so(start: Path, tmp_path: Path) ->
 def test_a_fusion_is_not_replaced(finished: Path) -> None:
     with pytest.raises(InputError, match="has a fusion already"):
         build_model({"checkpoint": str(finished / "model"), "fusion": {}}, 0)
+
+
+# The recipes.
+
+EXTENSIONS = Path(__file__).parents[2] / "configs/extensions"
+RECIPES = [EXTENSIONS / "tiny_vlm3r.yaml", *sorted(EXTENSIONS.glob("vlm3r*.yaml")), *(EXTENSIONS / "vlm3r").iterdir()]
+
+
+def test_twenty_steps_of_the_recipe_lower_the_loss(start: Path, tmp_path: Path) -> None:
+    """configs/extensions/tiny_vlm3r.yaml at the smallest size."""
+    config = load_config(RECIPES[0])
+    assert isinstance(config.model, dict)
+    assert config.data.chat is not None
+    qa = replace(config.data.chat.sources[1], options={"questions": 4, "views": [2, 2]})
+    chat = replace(config.data.chat, sources=(qa,), validation=(), tokens_per_pack=700, view_size=VIEW_SIZE)
+    config = replace(
+        config,
+        model={**config.model, "checkpoint": str(start)},
+        data=replace(config.data, chat=chat),
+        schedule=replace(config.schedule, warmup=4),
+        guards=replace(config.guards, max_bad_scenes_share=0.5),
+        runtime=replace(config.runtime, steps=20, workers=0, checkpoint_every=0, validate_every=0),
+    )
+    source, _ = open_data(config.data)
+    with engine("ddp", "cpu") as one:
+        train(config, one, tmp_path, source)
+    steps = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [entry["loss"] for entry in steps if entry["kind"] == "step"]
+    assert len(found) == 20
+    assert sum(found[-4:]) < 0.8 * sum(found[:4])
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_parse(file: Path, tmp_path: Path) -> None:
+    config = load_config(file)
+    assert config.trainable.keys() <= (GROUPS | PARTS).keys()
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    if isinstance(config.model, dict):
+        FusionConfig(**config.model["fusion"]).require_fits(1536, 28)
+    assert config.data.chat is not None
+    for source in config.data.chat.sources:
+        if source.name == "jsonl":
+            (tmp_path / "rows.jsonl").write_text("{}")
+            build_chat_source("jsonl", tmp_path / "rows.jsonl", config.data.chat.view_size, **source.options)
+
+
+@pytest.mark.parametrize("name", ["patches", "camera", "none", "zero_init"])
+def test_ablations_differ_in_the_fusion_alone(name: str) -> None:
+    whole, part = (load_config(EXTENSIONS / f"{file}.yaml") for file in ("vlm3r_vsi", f"vlm3r/{name}"))
+    assert isinstance(whole.model, dict)
+    changes = {"patches": {"tokens": "patches"}, "camera": {"tokens": "camera"}, "zero_init": {"init": "zero"}}
+    if name == "none":
+        assert part.model == whole.model["checkpoint"]
+        assert part.trainable == {group: rate for group, rate in whole.trainable.items() if group != "fusion"}
+    else:
+        assert part.model == {**whole.model, "fusion": {**whole.model["fusion"], **changes[name]}}
+        assert part.trainable == whole.trainable
+    assert replace(part, model=whole.model, trainable=whole.trainable) == whole
+
+
+def test_published_values() -> None:
+    """VLM-3R's appendix and released script; the numbers of questions are those of its two data sets."""
+    vsi, vsti = (load_config(EXTENSIONS / f"vlm3r_{name}.yaml") for name in ("vsi", "vsti"))
+    for config, questions in ((vsi, 207_779), (vsti, 132_568)):
+        epoch = config.runtime.checkpoint_every
+        assert (epoch - 1) * 128 <= questions < (epoch + 1) * 128
+        assert config.runtime.steps == 5 * epoch
+        assert config.schedule.warmup == math.ceil(0.03 * config.runtime.steps)
+        assert (config.optim.lr, config.optim.weight_decay, config.schedule.final_lr) == (2e-5, 0, 0)
+        assert config.lora is not None
+        assert (config.lora.rank, config.lora.alpha) == (128, 256)
+        assert config.data.chat is not None
+        assert config.data.chat.tokens_per_pack == 32_768
+        options = config.data.chat.sources[0].options
+        assert (options["frames"], options["video_prompt"]) == (32, "timed")
