@@ -11,14 +11,15 @@ Shapes: F frames, N image tokens of a frame on a square grid of side h, D width 
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from g2vlm.model.fusion import Fusion, GivenFrames, NoFusion, frame_sizes, fuse_frames
+from g2vlm.fusion_config import FusionConfig
+from g2vlm.model.fusion import Fusion, GivenFrames, NoFusion, build_fusion, frame_sizes, fuse_frames
 
 
 class FusedModel(nn.Module):
@@ -34,6 +35,28 @@ class FusedModel(nn.Module):
         self.model = model
         self.fusion = fusion
         self.given_frames = GivenFrames()
+
+    @classmethod
+    def of(cls, model: nn.Module, config: FusionConfig) -> Self:
+        """A model with a new fusion; errors as in `new_fusion`."""
+        return cls(model, cls.new_fusion(model, config))
+
+    @classmethod
+    def new_fusion(cls, model: nn.Module, config: FusionConfig) -> Fusion:
+        """A fusion for a model, in its dtype and on its device; the model is not touched.
+
+        Raises:
+            ValueError: a fusion that is not given its tokens, or whose heads do not fill the width of image tokens.
+        """
+        if config.source != "given":
+            raise ValueError(f"fusion.source is {config.source}; a stock model's tokens are given")
+        like = next(model.parameters())
+        return build_fusion(config, cls.visual_dim(model), config.token_dim).to(like.device, like.dtype)
+
+    @staticmethod
+    def visual_dim(model: nn.Module) -> int:
+        """D of a stock model."""
+        raise NotImplementedError
 
     def forward(self, **inputs: Any) -> Any:
         """The model's own forward; images and video steps are fused with `given_frames`, images first."""
@@ -71,6 +94,12 @@ class FusedQwen(FusedModel):
         if not isinstance(fusion, NoFusion):
             tower.register_forward_hook(self._fuse_output, with_kwargs=True)
 
+    @staticmethod
+    def visual_dim(model: nn.Module) -> int:
+        """Width of the decoder."""
+        config: Any = model.config
+        return config.text_config.hidden_size
+
     def _fuse_output(self, _tower: nn.Module, _args: object, kwargs: dict[str, Any], output: Any) -> Any:
         output.pooler_output = self._fuse(output.pooler_output, frame_sizes(kwargs["grid_thw"], self._merge_size))
         return output
@@ -89,6 +118,13 @@ class FusedLlavaVideo(FusedModel):
         super().__init__(model, fusion)
         backbone: Any = model.get_submodule("model")
         backbone.get_video_features = self._video_features
+
+    @staticmethod
+    def visual_dim(model: nn.Module) -> int:
+        """Width of the vision tower, times the number of its layers that are joined."""
+        config: Any = model.config
+        layers = config.vision_feature_layer
+        return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
     def _video_features(
         self,
@@ -111,6 +147,10 @@ class FusedLlavaVideo(FusedModel):
         tokens = pooled_rows(backbone.multi_modal_projector(features), backbone.image_newline)
         tokens = tokens.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens)  # pyright: ignore[reportArgumentType]
+
+
+FUSED: dict[str, type[FusedModel]] = {"qwen": FusedQwen, "llava_video": FusedLlavaVideo}
+"""Where a fusion stands, as saved fusions name it -> the class that puts it there."""
 
 
 def pooled_rows(tokens: Tensor, newline: Tensor, stride: int = 2) -> Tensor:

@@ -104,6 +104,11 @@ class GeometryTokenSource(Protocol):
         """C."""
         ...
 
+    @property
+    def online(self) -> bool:
+        """It computes on the training device: asked in the training process before a step; else by loader workers."""
+        ...
+
     def tokens(self, clip: Clip) -> GeometryTokens:
         """The tokens of a clip, one entry per frame, on any device, without gradients.
 
@@ -120,6 +125,8 @@ class GeometricExpert:
         model: the model; nothing reaches its weights.
         layer, camera: as in `FusionConfig`.
     """
+
+    online = True
 
     def __init__(self, model: "G2VLMForConditionalGeneration", layer: int = -1, camera: CameraToken = "decoder"):
         self.model, self.layer = model, layer
@@ -145,6 +152,8 @@ class KeptTokens:
     Raises:
         ValueError: no clips, or tokens of several widths.
     """
+
+    online = False
 
     def __init__(self, clips: Mapping[str, GeometryTokens]):
         widths = {tokens.frames("frame")[0].shape[-1] for tokens in clips.values()}
@@ -183,6 +192,11 @@ class SomeTokens:
     def token_dim(self) -> int:
         """The source's."""
         return self.source.token_dim
+
+    @property
+    def online(self) -> bool:
+        """As the source."""
+        return self.source.online
 
     def tokens(self, clip: Clip) -> GeometryTokens:
         """As in the protocol."""
@@ -253,7 +267,7 @@ def own_frames(
         for sample, clip in zip(sequence.group_samples, clips, strict=True):
             frames[sample] += clip.only(config.tokens).frames(config.scope)
     paired: list[Tensor | None] = []
-    for sample, (count, own) in enumerate(zip(_frames_of_samples(sequence, sizes), frames, strict=True)):
+    for sample, (count, own) in enumerate(zip(frames_of_samples(sequence, sizes), frames, strict=True)):
         if count and own and count != len(own):
             raise InputError(
                 f"sample {sample} has {count} images and {len(own)} views",
@@ -264,7 +278,7 @@ def own_frames(
     return paired
 
 
-def _frames_of_samples(sequence: PackedSequence, sizes: Sequence[int]) -> list[int]:
+def frames_of_samples(sequence: PackedSequence, sizes: Sequence[int]) -> list[int]:
     """How many of the frames of a pack belong to each sample."""
     stops = torch.tensor([stop for _, (_, stop) in sequence.sample_ranges], device=sequence.image_slots.device)
     slots = torch.searchsorted(sequence.image_slots, stops).tolist()  # image tokens up to the end of each sample

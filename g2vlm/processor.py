@@ -71,6 +71,8 @@ class G2VLMProcessor(ProcessorMixin):
         views_prompt: the sentence before the views, as in the released training samples; the released `chat_with_recon`
             leaves it out ("").
         geometry_attention, semantic_image_attention, view_positions, geometry_sees: as in `SequenceBuilder`.
+        trained_video_prompts: keys of `VIDEO_PROMPTS` that questions about videos had in training; a record, which
+            changes nothing.
 
     Raises:
         CheckpointError: the tokenizer lacks a special token.
@@ -88,6 +90,7 @@ class G2VLMProcessor(ProcessorMixin):
         semantic_image_attention: str = "full",
         view_positions: str = "sequential",
         geometry_sees: str = "everything",
+        trained_video_prompts: Sequence[str] = (),
     ):
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.rule = SemanticRule.official() if semantic_rule is None else SemanticRule(**semantic_rule)
@@ -98,6 +101,7 @@ class G2VLMProcessor(ProcessorMixin):
         self.semantic_image_attention = semantic_image_attention
         self.view_positions = view_positions
         self.geometry_sees = geometry_sees
+        self.trained_video_prompts = [*trained_video_prompts]
         self.chat = ChatTokenizer(tokenizer, tokenizer.name_or_path or "the processor")
 
     @classmethod
@@ -286,6 +290,7 @@ def processor_fields(config: G2VLMConfig, rule: SemanticRule) -> dict[str, Any]:
         "semantic_image_attention": config.semantic_image_attention,
         "view_positions": config.view_positions,
         "geometry_sees": config.geometry_sees,
+        "trained_video_prompts": [],
     }
 
 

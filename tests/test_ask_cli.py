@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from g2vlm.asking import Answer
 from g2vlm.checkpoint import load_model, save_model
 from g2vlm.cli import main
+from g2vlm.fusion_config import FusionConfig
 from g2vlm.pipeline import Pipeline
 from g2vlm.sampling import GenerationOptions
 from g2vlm.scene import Scene
@@ -56,6 +58,19 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model with a fusion of large weights."""
+    model = talkative_model()
+    torch.manual_seed(0)
+    model.add_fusion(FusionConfig())
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("models") / "fused"
+    save_model(model, folder)
+    return folder
+
+
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch):
     """Puts text on stdin."""
@@ -70,6 +85,26 @@ def typed(monkeypatch: pytest.MonkeyPatch):
 def lines_of(*answers: Answer) -> str:
     """What is printed."""
     return "".join(f"{answer.text}\n" for answer in answers)
+
+
+def test_a_fused_model_is_asked_like_any_other(fused: Path, talker: Path, photos: Path, capsys) -> None:
+    said = []
+    for model in (fused, talker):
+        assert main(["ask", str(photos), "-q", QUESTION, "--model", str(model), *OPTIONS]) == 0
+        said.append(capsys.readouterr().out)
+    images = sorted(photos.iterdir())
+    assert said[0].strip() == Pipeline(load_model(fused), "fused").ask(images, QUESTION, options=FIVE).text.strip()
+    assert said[0] != said[1]
+
+
+def test_tokens_of_another_model_cannot_be_given_on_the_command_line(
+    talker: Path, photos: Path, tmp_path, capsys
+) -> None:
+    model = load_model(talker)
+    model.add_fusion(FusionConfig(source="given"))
+    save_model(model, tmp_path / "given")
+    assert main(["ask", str(photos), "-q", QUESTION, "--model", str(tmp_path / "given"), *OPTIONS]) == 2
+    assert "reads what another model knows of them" in capsys.readouterr().err
 
 
 def test_one_answer(photos: Path, ask, pipeline: Pipeline, capsys) -> None:

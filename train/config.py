@@ -115,6 +115,21 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class TokenSourceConfig:
+    """Where the geometry tokens come from that the model's fusion is given.
+
+    Args:
+        name: of a source in g2vlm.token_sources: `cache`, `geometric_expert` or `teacher`.
+        root: of the cache, of the model whose expert it is, or of the teacher's files.
+        options: further arguments of the source.
+    """
+
+    name: str = "cache"
+    root: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ChatSourceConfig:
     """Where questions come from.
 
@@ -282,14 +297,16 @@ class RunConfig:
     """Everything about a run.
 
     Args:
-        model: a preset, a checkpoint folder, or a mapping {preset: name, key: value, part: {key: value}}.
+        model: a preset, a checkpoint folder, a mapping {preset: name, key: value, part: {key: value}}, or a checkpoint
+            folder that gets a fusion: {checkpoint: folder, fusion: {key: value}}.
         trainable: group of parameters -> multiplier of its learning rate; an absent group is frozen. Groups:
             geometry_encoder, projection, geometric_expert, semantic_expert, embeddings, lm_head, geometry_heads,
-            semantic_encoder, fusion.
+            semantic_encoder, fusion; and merger, the part of the semantic encoder behind its tower.
         lora: adapters in place of the weights of the experts that it names; null: none.
         objectives: what is minimised.
         teachers: of the geometric supervision among the objectives, asked in order: each adds what those before it do
             not know about a clip.
+        geometry_tokens: what the model's fusion is given, if `fusion.source` is `given`.
         data: what a step sees.
         schedule: learning rate over the run.
         optim: optimizer.
@@ -309,6 +326,7 @@ class RunConfig:
     lora: AdapterConfig | None = None
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     teachers: tuple[TeacherConfig, ...] = (TeacherConfig("ground_truth"),)
+    geometry_tokens: TokenSourceConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,11 +1,12 @@
 """What a run learns from, scenes or questions, behind one interface: batches in order and the model's inputs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from g2vlm.chat_model import processor_of
@@ -13,6 +14,7 @@ from g2vlm.companions import PROCESSOR
 from g2vlm.config import G2VLMConfig
 from g2vlm.data.batch import SceneBatch
 from g2vlm.data.chat.batch import ChatBatch, chat_inputs, collate_chats
+from g2vlm.data.chat.jsonl import JsonlChats
 from g2vlm.data.chat.layout import ChatLayout
 from g2vlm.data.chat.types import ChatSample
 from g2vlm.data.frames import FrameSource
@@ -33,6 +35,7 @@ from train.objectives.geometry import recon_batch_inputs
 from train.objectives.supervision import SupervisionParts
 from train.packing import ChatMixture, Item, PackStream, StepPlan
 from train.sampler import Sampler
+from train.tokens import GivenTokens
 
 VALIDATION_SEED = 1_000_003
 
@@ -55,6 +58,10 @@ class Feed(Protocol):
 
     def inputs(self, batch: Any, step: int) -> dict[str, Any]:
         """Keyword arguments of the model's forward for a batch on the model's device."""
+        ...
+
+    def given(self, batch: Any) -> Sequence[Tensor | None] | None:
+        """The geometry tokens that each image of a batch reads; None where they are not given."""
         ...
 
     def scenes(self, batch: Any) -> SceneBatch | None:
@@ -96,6 +103,9 @@ class SceneFeed:
         coin = self.mixed and self.dataset.sampler.coin(step)
         return recon_batch_inputs(batch, self.config, coin, self.global_points)
 
+    def given(self, batch: SceneBatch) -> None:
+        """None: there are no images."""
+
     def scenes(self, batch: SceneBatch) -> SceneBatch | None:
         """All of them."""
         return batch
@@ -112,13 +122,17 @@ class PackDataset(Dataset[LoadedBatch]):
         stream: that made the plan.
         augment: change the views' colours at random.
         mixed: whether the stream's coin chooses the attention.
-        teachers: asked here about every clip; None: nobody asks, and clips are left out.
+        teachers: asked here about every clip; None: nobody asks.
+        tokens: of the images, made here; None: not here.
+        clips: whether batches keep them, for who asks later.
     """
 
     stream: PackStream
     augment: bool = False
     mixed: bool = False
     teachers: tuple[Teacher, ...] | None = None
+    tokens: GivenTokens | None = None
+    clips: bool = False
     frame_sources: tuple[FrameSource, ...] = ()
 
     def __getitem__(self, plan: StepPlan) -> LoadedBatch:
@@ -127,7 +141,8 @@ class PackDataset(Dataset[LoadedBatch]):
         samples = [sample for item in plan.items if (sample := self._readable(item, bad)) is not None]
         attention = ("frame" if self.stream.coin(plan.step) else "global") if self.mixed else None
         batch = collate_chats(samples, self.stream.layout, plan.filling, cast(GeometryAttention | None, attention))
-        batch = replace(batch, targets=self._taught(batch), clips=() if self.teachers is None else batch.clips)
+        batch = batch if self.tokens is None else self.tokens.complete(batch)
+        batch = replace(batch, targets=self._taught(batch), clips=batch.clips if self.clips else ())
         facts = plan.facts
         return LoadedBatch(batch, tuple(bad), plan.step, facts["samples"], facts["tokens"], facts, plan.end)
 
@@ -158,6 +173,7 @@ class ChatFeed:
         rank, world: of the process.
         geometry, global_points: what the geometry heads predict.
         teachers: asked before a step, in the training process; None without supervision.
+        tokens: of the images, made before a step; None: not here.
     """
 
     dataset: PackDataset
@@ -166,6 +182,7 @@ class ChatFeed:
     geometry: bool
     global_points: bool
     teachers: tuple[Teacher, ...] | None = None
+    tokens: GivenTokens | None = None
     unit: str = "tokens"
 
     def batches(self, steps: range, start: int, workers: int) -> Iterator[LoadedBatch]:
@@ -175,7 +192,8 @@ class ChatFeed:
         return batches(loader, plans, workers)
 
     def taught(self, batch: ChatBatch) -> ChatBatch:
-        """With what the teachers say that are asked here."""
+        """With the geometry tokens that are made here, and what the teachers say that are asked here."""
+        batch = batch if self.tokens is None else self.tokens.complete(batch)
         if not self.teachers:
             return batch
         device = batch.sequence.position_ids.device
@@ -190,19 +208,25 @@ class ChatFeed:
             return inputs
         return inputs | {"shapes": [None if own is None else ClipShape.of(own) for own in batch.targets]}
 
+    def given(self, batch: ChatBatch) -> Sequence[Tensor | None] | None:
+        """Those of the batch."""
+        return batch.tokens
+
     def scenes(self, batch: ChatBatch) -> SceneBatch | None:
         """The first, if its depth is known."""
         first = batch.scenes[0] if batch.scenes else None
         return first if first is not None and bool(first.valid.any()) else None
 
     def write_files(self, folder: Path) -> None:
-        """The processor as the model was trained: image sizes and the sentence before the views."""
+        """The processor as the model was trained: image sizes, the sentence before the views, prompts of videos."""
         stream = self.dataset.stream
         trained = {
             "semantic_rule": stream.layout.rule.plain(),
             "views_prompt": stream.layout.views_prompt,
             "view_width": stream.view_size[1],
         }
+        if prompts := {own.video_prompt for own in stream.mixture.sources if isinstance(own, JsonlChats)}:
+            trained["trained_video_prompts"] = sorted(prompts)
         values = read_json(folder / PROCESSOR) | trained
         (folder / PROCESSOR).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -215,6 +239,7 @@ def build_feed(
     seed: int,
     varied: bool = True,
     supervision: SupervisionParts | None = None,
+    tokens: GivenTokens | None = None,
 ) -> Feed:
     """What a run trains or validates on.
 
@@ -226,6 +251,7 @@ def build_feed(
         seed: of what is drawn.
         varied: change colours, and draw the attention where it is mixed; without it, it is global.
         supervision: whose targets and probe tokens the batches have.
+        tokens: that the model's fusion is given.
 
     Raises:
         InputError: the data do not fit the model.
@@ -237,10 +263,11 @@ def build_feed(
     global_points = geometry is not None and bool(geometry.global_points)
     if isinstance(source, ChatMixture):
         offline, online = (None, None) if supervision is None else (supervision.offline, supervision.online)
+        early, late = (None, tokens) if tokens is not None and tokens.source.online else (tokens, None)
         stream = build_stream(config, source, model, seed, supervision)
-        dataset = PackDataset(stream, augment, mixed, offline)
+        dataset = PackDataset(stream, augment, mixed, offline, early, supervision is not None or late is not None)
         global_points = global_points and model.config.heads.global_points
-        return ChatFeed(dataset, engine.rank, engine.world, geometry is not None, global_points, online)
+        return ChatFeed(dataset, engine.rank, engine.world, geometry is not None, global_points, online, late)
     sampler = build_sampler(config.data, source, seed, model.config)
     return SceneFeed(StepDataset(sampler, engine.rank, engine.world, augment), model.config, global_points, mixed)
 

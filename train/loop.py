@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +36,7 @@ from train.packing import ChatMixture
 from train.pictures import save_picture
 from train.state import STATE, Checkpoints, load_state, model_state, save_state, write_model
 from train.step import Guard, Trainer
+from train.tokens import check_clips, given_tokens
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +129,13 @@ class Run:
         model, supervision = parts.model, parts.supervision
         if supervision is not None and isinstance(source, ChatMixture):
             check_needs(source.sources, supervision)
+        tokens = given_tokens(config, model.config, engine.device)
+        if tokens is not None and isinstance(source, ChatMixture):
+            check_clips(source.sources, tokens)
         checkpoints, guard = Checkpoints(folder / "checkpoints", runtime.keep), Guard(config.guards)
-        data, held_out = build_feed(config, source, model, engine, runtime.seed, supervision=supervision), None
+        data, held_out = build_feed(config, source, model, engine, runtime.seed, True, supervision, tokens), None
         if validation is not None:
-            held_out = build_feed(config, validation, model, engine, VALIDATION_SEED, False, supervision)
+            held_out = build_feed(config, validation, model, engine, VALIDATION_SEED, False, supervision, tokens)
         done, place = resume(checkpoints, config, parts, guard) if runtime.resume == "auto" else (0, 0)
         return cls(config, folder, model, parts.heads, parts.trainer, data, held_out, checkpoints, guard,
                    RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done, place)  # fmt: skip
@@ -169,7 +173,8 @@ class Run:
         spike = self.config.guards.spike if step >= self.config.schedule.warmup else None
         batch = self.data.taught(loaded.batch.to(self.trainer.engine.device))
         seed_generators(runtime.seed, step, self.trainer.engine.rank)
-        result = self.trainer.step(self.data.inputs(batch, step), batch, spike, asked, len(loaded.bad))
+        with self.given(self.data, batch):
+            result = self.trainer.step(self.data.inputs(batch, step), batch, spike, asked, len(loaded.bad))
         self.done, self.place = step + 1, loaded.end
         self.log.step(self.done, {
             "loss": result.loss, **result.terms, "lr": rate, "grad_norm": result.grad_norm, "dropped": result.dropped,
@@ -185,13 +190,19 @@ class Run:
             self.measure_attention()
         return result.stop
 
+    def given(self, data: Feed, batch: Any) -> AbstractContextManager[None]:
+        """Around a forward: its images are fused with the tokens that the batch has, if any are given."""
+        tokens = data.given(batch)
+        return nullcontext() if tokens is None else self.model.given_frames.use(tokens)
+
     def validate(self, data: Feed) -> None:
         """The same batches and picture every time; each term's mean over the batches that have it."""
         self.trainer.model.eval()
         results: dict[str, list[float]] = {}
         for loaded in data.batches(range(self.config.runtime.validation_steps), 0, workers=0):
             batch = data.taught(loaded.batch.to(self.trainer.engine.device))
-            terms, output = self.trainer.evaluate(data.inputs(batch, loaded.step), batch)
+            with self.given(data, batch):
+                terms, output = self.trainer.evaluate(data.inputs(batch, loaded.step), batch)
             for name, value in terms.items():
                 results.setdefault(name, []).append(value)
             truth = data.scenes(batch)
@@ -208,8 +219,9 @@ class Run:
         data = self.data if self.validation is None else self.validation
         loaded = next(data.batches(range(1), 0, workers=0))
         self.trainer.model.eval()
-        with watch_attention(self.model.decoder) as health:
-            self.trainer.model(**data.inputs(data.taught(loaded.batch.to(self.trainer.engine.device)), 0))
+        batch = data.taught(loaded.batch.to(self.trainer.engine.device))
+        with watch_attention(self.model.decoder) as health, self.given(data, batch):
+            self.trainer.model(**data.inputs(batch, 0))
         self.trainer.model.train()
         self.log.attention(self.done, health)
 

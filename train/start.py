@@ -1,6 +1,8 @@
 """The model that a run starts from."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def starting_model(config: RunConfig) -> G2VLMForConditionalGeneration:
         CheckpointError: the folder is unusable.
         MissingExtra: adapters without peft.
     """
-    name = config.model if isinstance(config.model, str) else None
+    name = config.model if isinstance(config.model, str) else config.model.get("checkpoint")
     adapters = None if config.lora is None else peft_settings(config.lora, name)
     model = build_model(config.model, config.runtime.seed)
     if adapters is not None:
@@ -34,7 +36,8 @@ def build_model(model: str | dict[str, Any], seed: int) -> G2VLMForConditionalGe
     """The float32 model that a run starts from.
 
     Args:
-        model: a preset, a checkpoint folder, or {preset: name, key: value, part: {key: value}}.
+        model: a preset, a checkpoint folder, {preset: name, key: value, part: {key: value}}, or a checkpoint folder
+            and the fusion that it gets: {checkpoint: folder, fusion: {key: value}}.
         seed: of random weights.
 
     Raises:
@@ -43,10 +46,36 @@ def build_model(model: str | dict[str, Any], seed: int) -> G2VLMForConditionalGe
     """
     if isinstance(model, str):
         return load_model(model, dtype=torch.float32, seed=seed).train()
+    if "checkpoint" in model:
+        return fused_checkpoint(model, seed).train()
     config = preset_with(dict(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return G2VLMForConditionalGeneration(config).train()
+
+
+def fused_checkpoint(overrides: dict[str, Any], seed: int) -> G2VLMForConditionalGeneration:
+    """A checkpoint's float32 model with a new fusion: its weights are drawn, all others are the checkpoint's.
+
+    Args:
+        overrides: `checkpoint`, a folder, and `fusion`, keys of `FusionConfig`; those left out have their defaults.
+        seed: of the fusion's weights.
+
+    Raises:
+        InputError: other keys, or a checkpoint that has a fusion already.
+        CheckpointError: the folder is unusable.
+    """
+    if overrides.keys() != {"checkpoint", "fusion"} or not isinstance(overrides["fusion"], dict):
+        why = f"a checkpoint gets a fusion and nothing else; given: {', '.join(overrides)}"
+        raise InputError("unusable model config", why, "give {checkpoint: FOLDER, fusion: {init: zero}}")
+    model = load_model(overrides["checkpoint"], dtype=torch.float32)
+    if model.config.fusion is not None:
+        fix = f"leave it as it is: --model {overrides['checkpoint']}"
+        raise InputError(f"{overrides['checkpoint']} has a fusion already", "its trained weights would be lost", fix)
+    with torch.random.fork_rng(devices=[]), readable_config():
+        torch.manual_seed(seed)
+        model.add_fusion(_part_with("fusion", FusionConfig(), overrides["fusion"]))
+    return model
 
 
 def preset_with(overrides: dict[str, Any]) -> G2VLMConfig:
@@ -55,12 +84,19 @@ def preset_with(overrides: dict[str, Any]) -> G2VLMConfig:
     if name not in PRESETS:
         raise InputError(f"no preset {name}", f"presets: {', '.join(PRESETS)}", "correct model.preset")
     preset = PRESETS[name]()
-    try:
+    with readable_config():
         values = {
             key: _part_with(key, getattr(preset, key) or _ABSENT[key], value) if isinstance(value, dict) else value
             for key, value in overrides.items()
         }
         return PRESETS[name](**values)
+
+
+@contextmanager
+def readable_config() -> Iterator[None]:
+    """What a model's config refuses, as an InputError."""
+    try:
+        yield
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise InputError("unusable model config", str(error), "see g2vlm/config.py for the keys of a model") from None
 
@@ -71,6 +107,8 @@ _ABSENT = {"fusion": FusionConfig()}
 
 def _part_with(name: str, part: Any, overrides: dict[str, Any]) -> Any:
     for key, value in overrides.items():
+        if not hasattr(part, key):
+            raise ValueError(f"unknown key {name}.{key}; known: {', '.join(f.name for f in fields(part))}")
         known = getattr(part, key)
         accepted = {float: (int, float), tuple: (list, tuple)}.get(type(known), type(known))
         if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(known, bool):

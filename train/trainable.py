@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,20 @@ GROUPS = {
 }
 """Group -> pattern that the names of its parameters start with."""
 
+PARTS = {"merger": ("semantic_encoder", r"semantic_encoder\.merger\.")}
+"""Part of a group that can be named apart, such as the projector behind a frozen tower -> its group and its pattern."""
+
 NEVER_TRAINED = ("geometry_encoder.mask_token",)
 """Belongs to the weights' layout and takes no part in the computation."""
 
 _CHECKPOINTED = ("MoTLayer", "FrameBlock", "ContextBlock", "Qwen2VLVisionBlock", "Attention", "Mlp")
 
 
-def group_of(name: str) -> str:
-    """The group of a parameter of the model."""
+def group_of(name: str, named: Iterable[str] = ()) -> str:
+    """The group of a parameter of the model, or the part of a group if it is among those `named`."""
+    for part, (_, pattern) in PARTS.items():
+        if part in named and re.match(pattern, name):
+            return part
     return next(group for group, pattern in GROUPS.items() if re.match(pattern, name))
 
 
@@ -46,9 +52,9 @@ def set_trainable(model: nn.Module, multipliers: Mapping[str, float]) -> dict[st
         InputError: an unknown group, one that this model has no parameters of, or adapters whose group is frozen.
     """
     for group in multipliers:
-        if group not in GROUPS:
-            near = difflib.get_close_matches(group, GROUPS, n=1)
-            fix = f"did you mean {near[0]}?" if near else f"groups: {', '.join(GROUPS)}"
+        if group not in GROUPS | PARTS:
+            near = difflib.get_close_matches(group, GROUPS | PARTS, n=1)
+            fix = f"did you mean {near[0]}?" if near else f"groups: {', '.join(GROUPS | PARTS)}"
             raise InputError(f"unknown group trainable.{group}", "no such parameters exist", fix)
     trained: dict[str, list[str]] = {group: [] for group, factor in multipliers.items() if factor > 0}
     adapted = {group_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
@@ -58,7 +64,7 @@ def set_trainable(model: nn.Module, multipliers: Mapping[str, float]) -> dict[st
             f"add {group}: 1.0 to trainable, or take the expert out of lora.experts",
         )  # fmt: skip
     for name, parameter in model.named_parameters():
-        group = group_of(name)
+        group = group_of(name, multipliers)
         own = is_adapter(name) if group in adapted else name not in NEVER_TRAINED
         parameter.requires_grad_(group in trained and own)
         if parameter.requires_grad:
@@ -71,7 +77,7 @@ def set_trainable(model: nn.Module, multipliers: Mapping[str, float]) -> dict[st
             "leave the group out (the single encoder is semantic_encoder)",
         )
     if not trained:
-        raise InputError("nothing to train", "trainable is empty", f"name groups of: {', '.join(GROUPS)}")
+        raise InputError("nothing to train", "trainable is empty", f"name groups of: {', '.join(GROUPS | PARTS)}")
     return trained
 
 

@@ -218,6 +218,17 @@ def fuse_frames(
     return torch.cat(frames)
 
 
+def untouched(fusion: Fusion, visual: Tensor) -> Tensor:
+    """Image tokens (V, D) as they are, in a graph with the fusion: its gradients are then zero, not absent.
+
+    Sharded processes add up gradients of the same parameters, so one that fuses nothing in a step needs them too.
+    """
+    if isinstance(fusion, NoFusion) or not len(visual):
+        return visual
+    nothing = visual.new_zeros(1, 1, fusion.key.in_features)
+    return visual + 0 * fusion(visual[None, :1], nothing).sum()
+
+
 class GivenFrames:
     """Geometry tokens that wait for the images they are fused with, so that a model's forward needs no argument more.
 

@@ -24,12 +24,13 @@ from g2vlm.compat import (
 from g2vlm.config import G2VLMConfig
 from g2vlm.encoders.dinov2 import DinoV2
 from g2vlm.encoders.shared_tower import SharedTower
+from g2vlm.errors import InputError
 from g2vlm.fusion_config import FusionConfig
 from g2vlm.geometry_tokens import own_frames
 from g2vlm.model import loading
 from g2vlm.model.cache import KVCache, Rows
 from g2vlm.model.decoder import MoTDecoder
-from g2vlm.model.fusion import GivenFrames, build_fusion, frame_sizes, fuse_frames
+from g2vlm.model.fusion import GivenFrames, build_fusion, frame_sizes, fuse_frames, untouched
 from g2vlm.model.heads import GeometryHeads
 from g2vlm.model.layers import DefaultLinear, GeometryProjection, LayerScale, RMSNorm
 from g2vlm.model.outputs import G2VLMOutput
@@ -206,9 +207,15 @@ class G2VLMForConditionalGeneration(PreTrainedModel, PackedGenerationMixin):
         sizes = frame_sizes(grid_thw, self.config.semantic_encoder.merge_size)
         frames = self.given_frames.take(len(sizes))
         if frames is None and config.source == "given":
-            raise ValueError("the config says that geometry tokens are given: with model.given_frames.use(frames): ...")
+            raise InputError(
+                "no geometry tokens for the images",
+                "the model's fusion reads what another model knows of them (fusion.source: given)",
+                "in Python: with model.given_frames.use(frames): ...",
+            )
         if frames is None:
             frames = own_frames(self, config, sequence, views, sizes)
+        if self.training and all(own is None for own in frames):
+            return untouched(self.fusion, merged)
         return fuse_frames(self.fusion, merged, sizes, frames)
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> TowerOutput:

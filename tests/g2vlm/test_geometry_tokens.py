@@ -211,7 +211,7 @@ def test_images_behind_cached_views_must_be_given_their_tokens() -> None:
 def test_given_tokens_take_the_place_of_the_own() -> None:
     model = fused(FusionConfig(head_dim=8, source="given", token_dim=6))
     frames = [torch.randn(5, 6, dtype=torch.float64), None]
-    with pytest.raises(ValueError, match="geometry tokens are given"):
+    with pytest.raises(InputError, match="no geometry tokens for the images"):
         hidden_of(model, [ASKED])
     with model.given_frames.use(frames):
         one = hidden_of(model, [ASKED])

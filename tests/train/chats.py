@@ -57,6 +57,7 @@ class Colours:
         pictures: semantic images of a sample; 0: the colour stands in the question.
         views: of the box room; 0: none.
         depth: whether the room's depth is known.
+        clip: whether the room is known as what the pictures show.
         hidden, broken: samples whose shape, or whose pixels cannot be read.
     """
 
@@ -67,6 +68,7 @@ class Colours:
     broken: frozenset[int] = frozenset()
     num_samples: int = 40
     size: tuple[int, int] = (28, 28)
+    clip: bool = False
     name: str = field(default="colours")
 
     def __len__(self) -> int:
@@ -91,7 +93,8 @@ class Colours:
             scene = scene if self.depth else replace(scene, depth=None)
         parts = [*(ImageAt(i) for i in range(self.pictures)), "What colour?" if self.pictures else f"Say {name}."]
         images = (picture,) * self.pictures
-        return ChatSample(tuple(parts), name, images, scene, f"{self.name}/{index}", "colour")
+        clip = scene if self.clip else None
+        return ChatSample(tuple(parts), name, images, scene, f"{self.name}/{index}", "colour", clip=clip)
 
 
 def chat_config(**changes: Any) -> G2VLMConfig:

@@ -1,6 +1,7 @@
 """Two gloo processes with packs of different contents against one with all of it."""
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from tests.train.test_ranks import ENGINES, WORLD, free_port
 from train import engine as engines
 from train.config import AdapterConfig, GeometryConfig, LanguageConfig, ObjectivesConfig, RunConfig
 
-SEEING, READING = Colours(views=2, pictures=1), Colours(views=0, pictures=0)
+SEEING, READING = Colours(views=2, pictures=2), Colours(views=0, pictures=0)
 STEPS: dict[str, tuple[list[Colours], list[Colours]]] = {
     "views and images on one rank": ([SEEING, READING], [READING]),
     "views on one, images on the other": ([Colours(pictures=0)], [Colours(views=0), READING, READING]),
-    "unknown depth on one": ([Colours(depth=False)], [SEEING]),
+    "views of the images on one": ([SEEING], [Colours(pictures=0), Colours(views=0)]),
+    "unknown depth on one": ([Colours(pictures=2, depth=False)], [SEEING]),
     "text alone": ([READING], [READING, READING]),
     "nothing readable on one": ([], [SEEING]),
 }
@@ -43,6 +45,9 @@ CONFIGS = {
     "everything": config("token", EVERYTHING, True),
     "answers": config("sample_sqrt", CE, False),
 }
+CONFIGS["fused"] = replace(
+    CONFIGS["answers"], model={**chat_run().model, "fusion": {"dropout": 0}}, trainable={**CE, "fusion": 1.0}
+)
 if find_spec("peft") is not None:
     CONFIGS["adapters"] = config("token", CE_CE, True, AdapterConfig(("semantic", "geometric")))
 

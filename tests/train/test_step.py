@@ -58,6 +58,19 @@ def test_trainable_groups_and_multipliers() -> None:
         set_trainable(mini_model(encoders="single"), {"geometry_encoder": 1, "geometry_heads": 1})
 
 
+def test_the_merger_can_be_named_apart_from_its_tower() -> None:
+    """VLM-3R trains the projector behind a frozen tower."""
+    model = mini_model()
+    everything = set_trainable(model, {"semantic_encoder": 1.0})["semantic_encoder"]
+    merger = set_trainable(model, {"merger": 1.0})["merger"]
+    assert merger == [name for name in everything if ".merger." in name]
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(merger)
+    both = set_trainable(model, {"semantic_encoder": 0.1, "merger": 1.0})
+    assert both == {"semantic_encoder": [name for name in everything if name not in merger], "merger": merger}
+    with pytest.raises(InputError, match="did you mean merger"):
+        set_trainable(model, {"mergers": 1.0})
+
+
 def test_spike_contributes_zero() -> None:
     trainer, model = mini_trainer()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -110,7 +110,7 @@ def check_needs(sources: Sequence[ChatSource], supervision: SupervisionParts) ->
     """
     found = False
     for source in sources:
-        sample = _first_clip(source)
+        sample = first_clip(source)
         if sample is None or sample.clip is None:
             log.info("%s shows no clips: it teaches language alone", source.name)
             continue
@@ -134,7 +134,8 @@ def check_needs(sources: Sequence[ChatSource], supervision: SupervisionParts) ->
         )
 
 
-def _first_clip(source: ChatSource) -> ChatSample | None:
+def first_clip(source: ChatSource) -> ChatSample | None:
+    """The first of a source's first samples that shows a clip; None if none of them does."""
     for index in range(min(len(source), _TRIED)):
         try:
             sample = source.load(index, 0)

@@ -51,6 +51,8 @@ class ChatBatch:
         clips: what the images of every sample show, in the order of the sequence, where it is known; the sample that is
             filled in has None.
         targets: what every clip is compared with; None of a sample without any.
+        tokens: the geometry tokens (M, C) that every image reads, None of one that reads none; None where they are not
+            given.
     """
 
     sequence: PackedSequence
@@ -62,13 +64,16 @@ class ChatBatch:
     tasks: tuple[str, ...]
     clips: tuple[SceneSample | None, ...] = ()
     targets: tuple[TeacherTargets | None, ...] = ()
+    tokens: tuple[Tensor | None, ...] | None = None
 
     def to(self, device: torch.device | str) -> "ChatBatch":
         """The same batch on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         scenes = tuple(scene.to(device) for scene in self.scenes)
         targets = tuple(own and own.to(device) for own in self.targets)
-        return replace(self, **moved, sequence=self.sequence.to(device), scenes=scenes, targets=targets)
+        tokens = self.tokens and tuple(None if own is None else own.to(device) for own in self.tokens)
+        sequence = self.sequence.to(device)
+        return replace(self, **moved, sequence=sequence, scenes=scenes, targets=targets, tokens=tokens)
 
     def groups(self) -> list[tuple[list[int], SceneBatch]]:
         """The scenes of equal shape together: their numbers, and one batch of them."""

@@ -2,7 +2,8 @@
 
 A line has `conversations`, a list of {"from": "human" or "gpt", "value": text}, and `image` (a path or a list of them)
 or `video` (a folder of frames, or a file with the extra `video`), relative to the media root. Images stand where
-`<image>` or `<video>` is written, several at a single mark, and without any mark in front of the first words.
+`<image>` or `<video>` is written, several at a single mark, and without any mark in front of the first words. With
+`video_prompt: timed` the first words about a video follow its frames, and say its duration and their times first.
 """
 
 import json
@@ -15,10 +16,12 @@ import numpy as np
 
 from g2vlm.data.chat.rows import Lines
 from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Part, Size, Turn
-from g2vlm.data.chat.video import frame_files, read_frames, video_size
+from g2vlm.data.chat.video import Timing, file_timing, folder_timing, read_frames, spread, video_size
 from g2vlm.data.frames import Frame, SceneFacts, assemble
+from g2vlm.data.registry import unknown
 from g2vlm.errors import InputError
-from g2vlm.images import image_size, read_image
+from g2vlm.images import image_size, list_images, read_image
+from g2vlm.prompts import VIDEO_PROMPTS
 
 MARK = re.compile(r"\n*<(?:image|video)>\n*")
 USER, MODEL, SYSTEM = ("human", "user"), ("gpt", "assistant"), ("system",)
@@ -33,6 +36,9 @@ class JsonlChats:
         turns: `all`: every answer is learned; `first`: the first alone (released data code).
         frames: of a video, evenly spread.
         geometry: the images are also the views of a scene, without depth.
+        clips: a video is a clip of a scene, for geometry tokens and geometric supervision.
+        video_prompt: what the first question about a video says, a key of `VIDEO_PROMPTS`.
+        fps: of videos that are folders of frames; needed to say their times.
         view_size: (H, W) of the views, which are stretched to it.
 
     Raises:
@@ -48,13 +54,21 @@ class JsonlChats:
         turns: Literal["all", "first"] = "all",
         frames: int = 8,
         geometry: bool = False,
+        clips: bool = False,
+        video_prompt: str = "plain",
+        fps: float | None = None,
         view_size: Sequence[int] = (518, 518),
     ):
         if turns not in ("all", "first") or frames < 1:
             raise InputError(f"cannot use  turns={turns}, frames={frames}", "", "turns: all or first; frames >= 1")
+        if video_prompt not in VIDEO_PROMPTS:
+            raise unknown("video_prompt", video_prompt, [*VIDEO_PROMPTS])
+        if fps is not None and fps <= 0:
+            raise InputError(f"cannot use  fps={fps}", "", "fps is above 0")
         self.lines = Lines(Path(root))
         self.media_root = Path(media_root) if media_root is not None else Path(root).parent
-        self.turns, self.frames, self.geometry = turns, frames, geometry
+        self.turns, self.frames, self.geometry, self.clips = turns, frames, geometry, clips
+        self.video_prompt, self.fps = video_prompt, fps
         self.view_size = (view_size[0], view_size[1])
 
     def __len__(self) -> int:
@@ -69,63 +83,130 @@ class JsonlChats:
     def load(self, index: int, seed: int) -> ChatSample:
         """The line with its images; nothing is random."""
         row = self._row(index)
-        images = tuple(image for clip in row.clips for image in clip.pixels())
-        scene = None
-        if self.geometry and images:
-            frames = [Frame(str(i), image) for i, image in enumerate(images)]
-            scene = assemble(frames, SceneFacts(str(index), self.name), self.view_size, "stretch")
+        images = tuple(image for media in row.media for image in media.pixels())
+        is_clip = self.clips and row.video is not None
+        seen = None
+        if images and (self.geometry or is_clip):
+            names = [str(i) for i in range(len(images))] if row.video is None else row.video.frame_names()
+            frames = [Frame(name, image) for name, image in zip(names, images, strict=True)]
+            facts = SceneFacts(str(index) if row.video is None else row.video.name, self.name)
+            seen = assemble(frames, facts, self.view_size, "stretch")
         first, *later = row.turns
-        return ChatSample(first.parts, first.answer, images, scene, f"{self.name}/{index}", "chat", tuple(later))
+        scene, clip = seen if self.geometry else None, seen if is_clip else None
+        return ChatSample(first.parts, first.answer, images, scene, f"{self.name}/{index}", "chat", tuple(later), clip)
 
     def _row(self, index: int) -> "_Row":
         place = f"{self.lines.path}:{self.lines.numbers[index]}"
         try:
             record = json.loads(self.lines[index])
-            clips = _clips(record, self.media_root, self.frames)
+            media = _media(record, self.media_root, self.frames)
             turns = _turns(record)[: 1 if self.turns == "first" else None]
-            sizes = tuple(size for clip in clips for size in clip.sizes())
-            return _Row(_placed(turns, len(sizes)), tuple(clips), sizes)
+            row = _Row((), tuple(media), tuple(size for one in media for size in one.sizes()))
+            if self.video_prompt != "plain" and row.videos:
+                turns[0] = (self._timed(row, turns[0][0]), turns[0][1])
+            return row._replace(turns=_placed(turns, len(row.sizes)))
         except InputError as error:
             raise InputError(f"bad row  {place}", f"{error.what}: {error.why}", "repair or remove the row") from error
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"bad row  {place}", str(error), "repair or remove the row") from error
 
+    def _timed(self, row: "_Row", question: str) -> str:
+        """The first question about a video, its frames in front."""
+        if row.video is None:
+            raise ValueError(f"video_prompt {self.video_prompt} is for a video alone, and there are images beside it")
+        timing = row.video.timing(self.fps)
+        return "<video>" + VIDEO_PROMPTS[self.video_prompt](MARK.sub("", question), timing.duration, timing.times)
+
 
 class _Row(NamedTuple):
     turns: tuple[Turn, ...]
-    clips: "tuple[_Clip, ...]"
+    media: "tuple[_Images | _Folder | _File, ...]"
     sizes: tuple[Size, ...]
 
+    @property
+    def videos(self) -> "list[_Folder | _File]":
+        return [one for one in self.media if not isinstance(one, _Images)]
 
-class _Clip(NamedTuple):
-    """Image files, or one video file of which `frames` are wanted."""
+    @property
+    def video(self) -> "_Folder | _File | None":
+        """The video that all images are of."""
+        return self.videos[0] if len(self.videos) == len(self.media) == 1 else None
+
+
+class _Images(NamedTuple):
+    """Image files."""
 
     files: tuple[Path, ...]
-    frames: int = 0
 
     def sizes(self) -> list[Size]:
-        if self.frames:
-            return [video_size(self.files[0])] * self.frames
         return [image_size(file) for file in self.files]
 
     def pixels(self) -> list[np.ndarray]:
-        if self.frames:
-            return read_frames(self.files[0], self.frames)
         return [read_image(file).pixels for file in self.files]
 
 
-def _clips(record: Any, root: Path, frames: int) -> list[_Clip]:
+class _Folder(NamedTuple):
+    """Frames of a video that is a folder of `total` of them."""
+
+    name: str
+    files: tuple[Path, ...]
+    places: tuple[int, ...]
+    total: int
+
+    @classmethod
+    def open(cls, name: str, folder: Path, frames: int) -> "_Folder":
+        """At most `frames` images in natural order, evenly spread."""
+        files = list_images(folder)
+        places = spread(len(files), frames)
+        return cls(name, tuple(files[i] for i in places), tuple(places), len(files))
+
+    def sizes(self) -> list[Size]:
+        return _Images(self.files).sizes()
+
+    def pixels(self) -> list[np.ndarray]:
+        return _Images(self.files).pixels()
+
+    def frame_names(self) -> list[str]:
+        return [file.stem for file in self.files]
+
+    def timing(self, fps: float | None) -> Timing:
+        if fps is None:
+            raise ValueError(f"{self.name} is a folder of frames, and nothing says when they were taken: give fps")
+        return folder_timing(self.total, self.places, fps)
+
+
+class _File(NamedTuple):
+    """A video file of which `frames` are wanted."""
+
+    name: str
+    path: Path
+    frames: int
+
+    def sizes(self) -> list[Size]:
+        return [video_size(self.path)] * self.frames
+
+    def pixels(self) -> list[np.ndarray]:
+        return read_frames(self.path, self.frames)
+
+    def frame_names(self) -> list[str]:
+        return [f"{i}/{self.frames}" for i in range(self.frames)]
+
+    def timing(self, fps: float | None) -> Timing:
+        return file_timing(self.path, self.frames)
+
+
+def _media(record: Any, root: Path, frames: int) -> list[_Images | _Folder | _File]:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     images, video = record.get("image") or [], record.get("video")
     names = [images] if isinstance(images, str) else images
     if not isinstance(names, list) or not all(isinstance(name, str) for name in (*names, video or "")):
         raise ValueError("image is not a path or a list of paths, or video is not a path")
-    clips = [_Clip(tuple(root / name for name in names))] if names else []
+    media: list[_Images | _Folder | _File] = [_Images(tuple(root / name for name in names))] if names else []
     if video:
         path = root / video
-        clips.append(_Clip(tuple(frame_files(path, frames))) if path.is_dir() else _Clip((path,), frames))
-    return clips
+        media.append(_Folder.open(video, path, frames) if path.is_dir() else _File(video, path, frames))
+    return media
 
 
 def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:

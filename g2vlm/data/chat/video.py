@@ -3,15 +3,14 @@
 T frames, H, W pixels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from g2vlm.errors import InputError, MissingExtra
-from g2vlm.images import list_images
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -19,14 +18,30 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted))})
 
 
-def frame_files(folder: Path, wanted: int) -> list[Path]:
-    """At most `wanted` images of a folder in natural order, evenly spread.
+class Timing(NamedTuple):
+    """When the frames of a video were taken, in seconds from its start, and how long all of it lasts."""
+
+    duration: float
+    times: tuple[float, ...]
+
+
+def folder_timing(total: int, indices: Sequence[int], fps: float) -> Timing:
+    """Of the frames with these numbers among `total` frames, `fps` a second."""
+    return Timing(total / fps, tuple(index / fps for index in indices))
+
+
+def file_timing(path: Path, count: int) -> Timing:
+    """Of the frames that `read_frames` takes, from the file's header; errors as in `video_size`.
 
     Raises:
-        InputError: it holds no image.
+        InputError: the header does not say how long the video is.
     """
-    files = list_images(folder)
-    return [files[i] for i in spread(len(files), wanted)]
+    with _opened(path) as container:
+        end = _duration(container)
+    if end <= 0:
+        fix = "write it into a container such as MP4, or use a folder of frames with fps"
+        raise InputError(f"cannot tell the times of frames of {path}", "the file does not say how long it is", fix)
+    return Timing(end, tuple(_middles(end, count)))
 
 
 def video_size(path: Path) -> tuple[int, int]:
@@ -49,7 +64,7 @@ def read_frames(path: Path, count: int) -> list[np.ndarray]:
     """
     with _opened(path) as container:
         stream = container.streams.video[0]
-        end = float((stream.duration or 0) * (stream.time_base or 0)) or float(container.duration or 0) / 1e6
+        end = _duration(container)
         first, unit = stream.start_time or 0, stream.time_base
         timed = (
             (float((frame.pts - first) * unit), frame) for frame in container.decode(stream) if frame.pts is not None
@@ -70,7 +85,7 @@ def _read_untimed(path: Path, count: int) -> list[np.ndarray]:
 
 def _shown(timed: Iterable[tuple[float, Any]], end: float, count: int) -> list[np.ndarray]:
     """What is on the screen in the middle of each of `count` equal parts of a video; nothing of one without frames."""
-    wanted = [end * (i + 0.5) / count for i in range(count)]
+    wanted = _middles(end, count)
     found: list[np.ndarray] = []
     on_screen: Any = None
     for time, frame in timed:
@@ -81,6 +96,16 @@ def _shown(timed: Iterable[tuple[float, Any]], end: float, count: int) -> list[n
         if len(found) == count:
             break
     return found + [on_screen.to_ndarray(format="rgb24")] * (count - len(found)) if on_screen else []
+
+
+def _middles(end: float, count: int) -> list[float]:
+    return [end * (i + 0.5) / count for i in range(count)]
+
+
+def _duration(container: Any) -> float:
+    """In seconds; 0 if the file does not say."""
+    stream = container.streams.video[0]
+    return float((stream.duration or 0) * (stream.time_base or 0)) or float(container.duration or 0) / 1e6
 
 
 @contextmanager

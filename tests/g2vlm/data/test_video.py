@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from g2vlm.data.chat.video import read_frames, video_size
+from g2vlm.data.chat.video import file_timing, read_frames, video_size
 from g2vlm.errors import InputError
 
 av = pytest.importorskip("av")
@@ -60,3 +60,11 @@ def test_damaged_files_are_one_clear_error(damage: str, tmp_path: Path) -> None:
     for read in (video_size, lambda path: read_frames(path, 3)):
         with pytest.raises(InputError, match=r"cannot read video  .*a\.mp4"):
             read(path)
+
+
+def test_times_of_frames_are_told_by_the_header(tmp_path: Path) -> None:
+    timing = file_timing(write(tmp_path / "a.mp4"), 4)
+    assert timing.duration == pytest.approx(2.0)
+    assert timing.times == pytest.approx((0.25, 0.75, 1.25, 1.75))
+    with pytest.raises(InputError, match="does not say how long it is"):
+        file_timing(write(tmp_path / "a.m4v", container="m4v"), 4)

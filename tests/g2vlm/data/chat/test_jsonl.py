@@ -10,6 +10,7 @@ from g2vlm.data.chat.jsonl import JsonlChats
 from g2vlm.data.chat.registry import build_chat_source
 from g2vlm.data.chat.types import ImageAt, Turn
 from g2vlm.errors import InputError, MissingExtra
+from g2vlm.geometry_tokens import Clip
 
 
 def asked(question: str = "What?", answer: str = "This.", **media: Any) -> dict[str, Any]:
@@ -147,3 +148,60 @@ def test_opened_by_name(write, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing in"):
         build_chat_source("jsonl", tmp_path / "empty.jsonl", (28, 28))
     assert np.asarray(source.load(0, 0).images[0]).shape == (20, 30, 3)
+
+
+# Videos.
+
+
+def test_a_timed_question_says_when_its_frames_were_taken(write) -> None:
+    """Frames 0, 4, 7, 11 of 12, two a second; the frames come first, wherever the mark stands."""
+    timed = (
+        "The video lasts for 6.00 seconds, and 4 frames are uniformly sampled from it. These frames are located at "
+        "0.00s,2.00s,3.50s,5.50s.Please answer the following questions related to this video.\nHow many?"
+    )
+    for question in ("<video>\nHow many?", "How many?\n<video>", "How many?"):
+        source = write(asked(question, video="frames"), frames=4, video_prompt="timed", fps=2)
+        assert source.load(0, 0).parts == (*map(ImageAt, range(4)), timed)
+        assert source.shape(0, 0) == source.load(0, 0).shape
+    plain = write(asked("<video>\nHow many?", video="frames"), frames=4, fps=2)
+    assert plain.load(0, 0).parts == (*map(ImageAt, range(4)), "How many?")
+    images = write(asked("<image>\nWhat?", image="a.png"), video_prompt="timed")
+    assert images.load(0, 0).parts == (ImageAt(0), "What?")
+
+
+def test_later_turns_are_left_as_they_are(write) -> None:
+    row = asked("<video>\nHow many?", video="frames")
+    row["conversations"] += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+    sample = write(row, frames=2, video_prompt="timed", fps=2).load(0, 0)
+    assert sample.later == (Turn(("Sure?",), "Yes."),)
+
+
+def test_a_video_is_a_clip(write) -> None:
+    source = write(asked(video="frames"), asked(image="a.png"), frames=3, clips=True, view_size=(28, 42))
+    sample = source.load(0, 0)
+    assert sample.scene is None
+    assert sample.clip.images.shape == (3, 3, 28, 42)
+    assert Clip.of(sample.clip).name == "jsonl/frames:0,6,11"
+    assert source.load(1, 0).clip is None
+    both = write(asked(video="frames"), frames=3, clips=True, geometry=True, view_size=(28, 42)).load(0, 0)
+    assert both.scene is both.clip
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "why"),
+    [
+        (asked(video="frames"), {"video_prompt": "timed"}, "nothing says when they were taken: give fps"),
+        (asked(video="frames", image="a.png"), {"video_prompt": "timed", "fps": 2}, "there are images beside it"),
+    ],
+)
+def test_times_that_nobody_knows(write, row: Any, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        write(row, **options).shape(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"), [({"video_prompt": "timely"}, "did you mean timed"), ({"fps": 0}, "fps=0")]
+)
+def test_options_of_videos(write, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        write(asked(), **options)
