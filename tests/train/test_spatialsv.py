@@ -11,7 +11,7 @@ import torch
 from g2vlm.data.rooms import RoomsSource
 from g2vlm.data.types import ViewRequest
 from g2vlm.errors import InputError
-from g2vlm.supervision.base import ClipShape, SupervisedModel, SupervisedOutput, TeacherFeatures
+from g2vlm.supervision.base import ClipShape, SupervisedModel, TeacherFeatures
 from g2vlm.supervision.dense_head import DPTWidths
 from g2vlm.supervision.spatialsv import MapPrediction, SpatialSVHeads, SpatialSVPrediction, Task
 from g2vlm.supervision.targets import TeacherInfo, TeacherTargets
@@ -207,7 +207,7 @@ def test_the_unit_of_the_teacher_does_not_matter(room: TeacherTargets, factor: f
 def report(
     own: SpatialSVObjective, predictions: tuple[Any, ...], targets: tuple[TeacherTargets | None, ...]
 ) -> LossReport:
-    output = SupervisedOutput(None, None, {"spatialsv": predictions})
+    output: Any = SimpleNamespace(predictions={"spatialsv": predictions})
     return own(output, SimpleNamespace(targets=targets))
 
 
