@@ -129,6 +129,13 @@ def test_sizes_that_are_no_multiples_of_the_patch(kind: Any) -> None:
         patch_grid((42, 50), 28)
 
 
+def test_dpt_gives_any_size_itself() -> None:
+    model, sizes = supervised(replace(TINY, depth_head="dpt")), []
+    geovr(model).heads.depth.register_forward_hook(lambda _, args, __: sizes.append(args[1]))
+    model(shapes=[ClipShape((42, 50), (3, 5))], frames=[((2, 2),)])
+    assert sizes == [(42, 50)]
+
+
 def test_layers_of_the_paper() -> None:
     """Fixture layer_mapping: VGGT's blocks 4, 11, 17, 23 of 24 in a decoder of 28 blocks; depth needs no teacher."""
     vggt = TeacherFeatures((4, 11, 17, 23), 24, 1024)
