@@ -202,6 +202,7 @@ def test_sources_by_name(kept: Path) -> None:
         ("cash", {}, "did you mean cache"),
         ("cache", {"madeby": 1}, "did you mean made_by"),
         ("cache", {}, "no folder was given"),
+        ("teacher", {"teacher": "vgg"}, "did you mean vggt"),
     ]
     for name, options, message in wrong:
         with pytest.raises(InputError, match=message):
