@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -257,8 +258,10 @@ def cut(shard: Path) -> None:
 
 
 def of_another_cache(shard: Path) -> None:
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
     identity = replace(Identity.of([SyntheticTeacher()], FIELDS), preprocessing="narrow")
-    save_file(load_file(shard), shard, {"identity": json.dumps(identity.plain), "clips": "{}"})
+    save_file(load_file(shard), shard, {**metadata, "identity": json.dumps(identity.plain)})
 
 
 def record_changed(shard: Path) -> None:
