@@ -128,7 +128,7 @@ class Run:
         parts = assemble(config, engine)
         model, supervision = parts.model, parts.supervision
         if supervision is not None and isinstance(source, ChatMixture):
-            check_needs(source.sources, supervision)
+            check_needs(source.sources, supervision, engine.device)
         tokens = given_tokens(config, model.config, engine.device)
         if tokens is not None and isinstance(source, ChatMixture):
             check_clips(source.sources, tokens)

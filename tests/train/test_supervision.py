@@ -217,7 +217,7 @@ def test_missing_targets_are_named_before_anything_is_trained(tmp_path: Path, ca
     supervision = parts_of(clip_run()).supervision
     assert supervision is not None
     with caplog.at_level(logging.INFO):
-        check_needs([BoxClips(), WORDS], supervision)
+        check_needs([BoxClips(), WORDS], supervision, torch.device("cpu"))
     assert "words shows no clips" in caplog.text
 
 

@@ -7,6 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from g2vlm.data.chat.batch import shown_clip
 from g2vlm.data.chat.types import ChatSample, ChatSource
 from g2vlm.errors import InputError
 from g2vlm.geometry_tokens import Clip
@@ -101,7 +104,7 @@ def _objective(name: str, config: Any, backbone: Backbone, features: TeacherFeat
         raise InputError(f"unusable objectives.{name}", str(error), fix) from None
 
 
-def check_needs(sources: Sequence[ChatSource], supervision: SupervisionParts) -> None:
+def check_needs(sources: Sequence[ChatSource], supervision: SupervisionParts, device: torch.device) -> None:
     """Look at a sample of every source before anything is trained; a source without clips teaches language alone.
 
     Raises:
@@ -111,10 +114,11 @@ def check_needs(sources: Sequence[ChatSource], supervision: SupervisionParts) ->
     found = False
     for source in sources:
         sample = first_clip(source)
-        if sample is None or sample.clip is None:
+        scene = None if sample is None else shown_clip(sample)
+        if sample is None or scene is None:
             log.info("%s shows no clips: it teaches language alone", source.name)
             continue
-        targets = targets_of(supervision.teachers, Clip.of(sample.clip))
+        targets = targets_of(supervision.teachers, Clip.of(scene).to(device))
         for name, objective in supervision.objectives.items():
             lacking = ["everything"] if targets is None else objective.needs.missing(targets)
             if lacking:
@@ -141,6 +145,6 @@ def first_clip(source: ChatSource) -> ChatSample | None:
             sample = source.load(index, 0)
         except InputError:
             continue
-        if sample.clip is not None:
+        if shown_clip(sample) is not None:
             return sample
     return None

@@ -36,7 +36,8 @@ class JsonlChats:
         turns: `all`: every answer is learned; `first`: the first alone (released data code).
         frames: of a video, evenly spread.
         geometry: the images are also the views of a scene, without depth.
-        clips: a video is a clip of a scene, for geometry tokens and geometric supervision.
+        clips: all images of a line, or the frames of its video, are of one scene: a clip for geometry tokens and
+            geometric supervision.
         video_prompt: what the first question about a video says, a key of `VIDEO_PROMPTS`.
         fps: of videos that are folders of frames; needed to say their times.
         view_size: (H, W) of the views, which are stretched to it.
@@ -84,15 +85,14 @@ class JsonlChats:
         """The line with its images; nothing is random."""
         row = self._row(index)
         images = tuple(image for media in row.media for image in media.pixels())
-        is_clip = self.clips and row.video is not None
         seen = None
-        if images and (self.geometry or is_clip):
+        if images and (self.geometry or self.clips):
             names = [str(i) for i in range(len(images))] if row.video is None else row.video.frame_names()
             frames = [Frame(name, image) for name, image in zip(names, images, strict=True)]
-            facts = SceneFacts(str(index) if row.video is None else row.video.name, self.name)
+            facts = SceneFacts(f"{self.lines.path.stem}/{index}" if row.video is None else row.video.name, self.name)
             seen = assemble(frames, facts, self.view_size, "stretch")
         first, *later = row.turns
-        scene, clip = seen if self.geometry else None, seen if is_clip else None
+        scene, clip = seen if self.geometry else None, seen if self.clips else None
         return ChatSample(first.parts, first.answer, images, scene, f"{self.name}/{index}", "chat", tuple(later), clip)
 
     def _row(self, index: int) -> "_Row":

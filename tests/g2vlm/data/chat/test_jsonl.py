@@ -176,13 +176,17 @@ def test_later_turns_are_left_as_they_are(write) -> None:
     assert sample.later == (Turn(("Sure?",), "Yes."),)
 
 
-def test_a_video_is_a_clip(write) -> None:
-    source = write(asked(video="frames"), asked(image="a.png"), frames=3, clips=True, view_size=(28, 42))
+def test_a_video_is_a_clip_and_so_are_images(write) -> None:
+    rows = asked(video="frames"), asked(image="a.png"), asked()
+    source = write(*rows, frames=3, clips=True, view_size=(28, 42))
     sample = source.load(0, 0)
     assert sample.scene is None
     assert sample.clip.images.shape == (3, 3, 28, 42)
     assert Clip.of(sample.clip).name == "jsonl/frames:0,6,11"
-    assert source.load(1, 0).clip is None
+    image = source.load(1, 0).clip
+    assert image.num_views == 1
+    assert source.load(2, 0).clip is None
+    assert write(*rows, frames=3).load(0, 0).clip is None
     both = write(asked(video="frames"), frames=3, clips=True, geometry=True, view_size=(28, 42)).load(0, 0)
     assert both.scene is both.clip
 
