@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from eval.correspondence_scores import AFTER, COLOUR, DISTANCES, HIDDEN, Key, Sc
 from eval.records import ITEMS, append_lines, write_record
 from eval.runs import output_folder, require_positive
 from eval.sources import file_name
-from eval.student import Student, open_students, require_size
+from eval.student import Student, open_model, require_size
 from g2vlm.errors import CheckFailed, InputError
 from g2vlm.staging import write_errors
 
@@ -63,7 +64,8 @@ def run(args: Namespace) -> None:
     clips = find_clips(args.dataset, args.data, args.clips, args.views, args.paths)
     output = output_folder(args.output, "correspondence")
     log.info("%s; views of %d pixels (--size); results in %s", clips.about, args.size, output)
-    student_at = open_students(args.model, args.device, args.dtype, args.geometry)
+    model = open_model(args.model, args.device, args.dtype)
+    student_at = lru_cache(lambda size: model.student(size, args.geometry))
     student = student_at(args.size)
     with write_errors(output):
         output.mkdir(parents=True, exist_ok=True)

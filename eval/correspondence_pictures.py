@@ -89,7 +89,7 @@ def _pair(key: Key, scored: Scored, watched: Watched, other: int, size: tuple[in
         for x, y in (starts[i], ends[i]):
             draw.ellipse(_around(x, y, 4), colour)
         if not right[i]:
-            draw.ellipse(_around(*truth[i], 5), outline=WRONG, width=FINE)
+            draw.ellipse(_around(truth[i, 0], truth[i, 1], 5), outline=WRONG, width=FINE)
     return page.resize((2 * width + GAP, height), Image.Resampling.BOX)
 
 

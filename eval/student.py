@@ -6,12 +6,12 @@ Shapes: S views, H W pixels, h x w tokens of a view, d width, N query heads, M k
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from eval.baselines import UNTRAINED, UNTRAINED_SEED
 from eval.runs import load_named, provenance_of
 from g2vlm.asking import look
 from g2vlm.chat_model import ChatModel
@@ -123,67 +123,89 @@ def _head_maps(states: HeadStates, grids: Sequence[Grid]) -> HeadMaps:
     return HeadMaps(_maps(states.before_rotary, grids), _maps(states.after_rotary, grids))
 
 
+class StudentModel(Protocol):
+    """A loaded model, from which students for views of any width are made."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    def student(self, size: int, geometry: Geometry = "on", blank: bool = False) -> Student:
+        """The model for views of a width.
+
+        Args:
+            size: width in pixels of the views.
+            geometry: `off`: no views for a geometry encoder, of a model that has one.
+            blank: it sees grey instead.
+
+        Raises:
+            CheckpointError: the model has no tokenizer.
+        """
+        ...
+
+    def untrained(self) -> "StudentModel":
+        """The same architecture with random weights."""
+        ...
+
+
+def open_model(model: str | None, device: str, dtype: str | None) -> StudentModel:
+    """Load a model: folder, hub id or preset; by default the demo weights.
+
+    Raises:
+        CheckpointError: as `g2vlm.pipeline.load`.
+        InputError: there is no such model.
+    """
+    return OwnModel(load_named(model, device, dtype))
+
+
 # ---------------------------------------------------------------------------------------------- our own model
 
 
-def own_student(pipeline: Pipeline, size: int, geometry: Geometry = "on", blank: bool = False) -> Student:
-    """A G2VLM, shown views as it is before it is asked about them; no question follows.
+@dataclass(frozen=True, eq=False)
+class OwnModel:
+    """A G2VLM. It is shown views as it is before it is asked about them; no question follows.
 
-    Args:
-        pipeline: a loaded one.
-        size: width in pixels of the views for both encoders; the semantic rule's limits are widened to it.
-        geometry: `off`: no views for the geometry encoder.
-        blank: both encoders see grey.
-
-    Raises:
-        CheckpointError: the model has no tokenizer.
+    The limits of its rule for semantic images are widened to the views.
     """
-    chat = at_size(pipeline.chat, size)
-    model = pipeline.model
 
-    def inputs(images: Tensor) -> Mapping[str, Any]:
-        shown = blank_views(images) if blank else images
-        sources = [from_memory(image) for image in shown.permute(0, 2, 3, 1).cpu().numpy()]
-        context = look(chat, sources, sources if geometry == "on" else [], size)
-        assert context.images is not None
-        sequence = sequence_builder(model.config).build([(*context.opening, *context.images.segments)])
-        views = [] if context.views is None else [normalise_views(context.views.pixels.to(model.device, model.dtype))]
-        return {
-            "sequence": sequence.to(model.device),
-            "views": views,
-            "pixel_values": context.images.pixel_values,
-            "image_grid_thw": context.images.grid_thw,
-            "logits_at": torch.zeros(0, dtype=torch.int64, device=model.device),
-        }
+    pipeline: Pipeline
 
-    expert = ([*model.decoder.layers], _view_grid) if geometry == "on" else None
-    own_size = model.config.view_width
-    return Student(pipeline.name, backbone_of(model), inputs, provenance_of(pipeline), own_size, expert)
+    @property
+    def name(self) -> str:
+        """As in `StudentModel`."""
+        return self.pipeline.name
 
+    def student(self, size: int, geometry: Geometry = "on", blank: bool = False) -> Student:
+        """As in `StudentModel`."""
+        chat, model = at_size(self.pipeline.chat, size), self.pipeline.model
 
-def open_students(
-    model: str | None, device: str, dtype: str | None, geometry: Geometry = "on"
-) -> Callable[[int], Student]:
-    """A model that is loaded once, for views of any width.
+        def inputs(images: Tensor) -> Mapping[str, Any]:
+            shown = blank_views(images) if blank else images
+            sources = [from_memory(image) for image in shown.permute(0, 2, 3, 1).cpu().numpy()]
+            context = look(chat, sources, sources if geometry == "on" else [], size)
+            assert context.images is not None
+            sequence = sequence_builder(model.config).build([(*context.opening, *context.images.segments)])
+            views = [] if context.views is None else [normalise_views(context.views.pixels.to(model.device))]
+            return {
+                "sequence": sequence.to(model.device),
+                "views": views,
+                "pixel_values": context.images.pixel_values,
+                "image_grid_thw": context.images.grid_thw,
+                "logits_at": torch.zeros(0, dtype=torch.int64, device=model.device),
+            }
 
-    Args:
-        model: folder, hub id or preset; by default the demo weights.
-        device, dtype: as the flags have them.
-        geometry: as of `own_student`.
+        expert = ([*model.decoder.layers], _view_grid) if geometry == "on" else None
+        provenance = provenance_of(self.pipeline)
+        return Student(self.name, backbone_of(model), inputs, provenance, model.config.view_width, expert)
 
-    Raises:
-        CheckpointError: as `g2vlm.pipeline.load`, or the model has no tokenizer.
-        InputError: there is no such model.
-    """
-    pipeline = load_named(model, device, dtype)
-    return lru_cache(lambda size: own_student(pipeline, size, geometry))
-
-
-def untrained(pipeline: Pipeline, seed: int = 1) -> Pipeline:
-    """The same architecture with random weights."""
-    model = random_model(pipeline.model.config, pipeline.model.dtype, seed)
-    model.config.name_or_path = pipeline.model.config.name_or_path  # for its tokenizer
-    return Pipeline(model.to(pipeline.model.device), f"{pipeline.name}, untrained")  # pyright: ignore[reportArgumentType]
+    def untrained(self) -> "OwnModel":
+        """As in `StudentModel`."""
+        trained = self.pipeline.model
+        model = random_model(trained.config, trained.dtype, UNTRAINED_SEED)
+        model.config.name_or_path = trained.config.name_or_path  # where its tokenizer is
+        model.to(trained.device)  # pyright: ignore[reportArgumentType]
+        return OwnModel(Pipeline(model, f"{self.name}, {UNTRAINED}"))
 
 
 def at_size(chat: ChatModel, size: int) -> ChatModel:
