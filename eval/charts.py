@@ -23,7 +23,7 @@ class Series:
     """A line of a chart.
 
     Args:
-        name: in the legend.
+        name: in the legend; an empty one has no entry.
         points: (N, 2) x and y; points that are not finite are left out.
         colour: of the line.
         width: of the line in pixels.
@@ -58,7 +58,7 @@ def line_chart(
     finite = [Series(s.name, _finite(s.points), s.colour, s.width, s.dots) for s in series]
     shown = [s for s in finite if len(s.points)]
     axes = _Axes.around(np.concatenate([s.points for s in shown]) if shown else np.ones((1, 2)))
-    rows = _legend_rows(title, shown)
+    rows = _legend_rows(title, [s for s in shown if s.name])
     axes = replace(axes, y=y_range or axes.y, top=TOP + LEGEND_ROW * (len(rows) - 1))
     page = Image.new("RGB", (FINE * WIDTH, FINE * HEIGHT), PAGE)
     draw = ImageDraw.Draw(page)

@@ -146,9 +146,9 @@ def training_chart(curves: Mapping[str, np.ndarray], heldout: Mapping[str, np.nd
     """
     lines = []
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        lines.append(Series(f"{name}, training", running_mean(curve, max(1, len(curve) // 20)), colour, 1.5))
-        lines.append(Series(f"{name}, held-out", heldout[name], colour, 2.5, dots=True))
-    title = "Probes: mean error of training batches, RMSE of held-out rooms, metres"
+        lines.append(Series("", running_mean(curve, max(1, len(curve) // 20)), colour, 1))
+        lines.append(Series(name, heldout[name], colour, 2.5, dots=True))
+    title = "Dots: RMSE of held-out rooms; thin: mean error of training batches; metres"
     return line_chart(title, "step", lines)
 
 
