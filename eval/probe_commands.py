@@ -99,6 +99,8 @@ def run(args: Namespace) -> None:
     for name in ("steps", "rooms", "channels", "limit"):
         require_positive(name, args[name])
     require_size("--size", args.size)
+    if args.channels % 8:
+        raise InputError(f"--channels {args.channels}", "half of them hold sines and cosines", "give a multiple of 8")
     if args.model is not None and args.models:
         raise InputError("--model and --models", "they name the same thing", "leave one of them out")
     models = args.models or [args.model]

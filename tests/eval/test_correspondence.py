@@ -53,11 +53,16 @@ def shuffled_points(seed: int = 0) -> tuple[Points, list[Tensor]]:
 
 
 def identities(orders: list[Tensor], heads: int) -> Tensor:
-    """(T, h, w, heads, N): what tells each cell of the first view apart, put where it is in the others."""
+    """(T, h, w, heads, N): what tells each cell of the first view apart, put where it is in the others.
+
+    The second half of the heads has it with the other sign, so that queries must meet the keys that they share.
+    """
     one_hot = torch.eye(CELLS**2)
     moved = [one_hot[order.argsort()] for order in orders]  # the cell order[i] shows what cell i of the first shows
     states = torch.stack([one_hot, *moved]).unflatten(1, (CELLS, CELLS))
-    return states[..., None, :].expand(-1, -1, -1, heads, -1)
+    signs = torch.ones(heads, 1)
+    signs[(heads + 1) // 2 :] = -1
+    return states[..., None, :] * signs
 
 
 def images(seed: int = 0) -> Tensor:
@@ -103,10 +108,8 @@ def test_what_is_confident_when_right_correlates() -> None:
 def test_invisible_points_do_not_count() -> None:
     points, orders = shuffled_points()
     points.visible[:, 32:] = False
-    points.places[:, 32:] = torch.nan
-    keys = identities(orders, 1).clone()
-    keys[1:, :, :, :, 32:] = 0  # what is not seen is not found either
-    scored = scored_with(identities(orders, 1), keys, points)
+    points.places[:, 48:] = torch.nan
+    scored = scored_with(identities(orders, 1), identities(orders, 1), points)
     assert share_correct([scored], Key(AFTER, 1)) == 100
     assert np.isfinite(share_correct([scored], Key(RANDOM)))
 

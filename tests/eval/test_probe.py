@@ -18,8 +18,8 @@ from g2vlm.checkpoint import DEMO_WEIGHTS
 from geometry.metrics.depth import depth_metrics
 
 SIDE, CELLS, WIDTH = 12, 3, 16
-CONFIG = ProbeConfig(steps=200, batch=32, channels=8, lr=5e-3)
-SMALL = ("--steps", 2, "--rooms", 2, "--channels", 4, "--size", 56, "--pictures", 1)
+CONFIG = ProbeConfig(steps=80, batch=30, channels=8, lr=1e-2)
+SMALL = ("--steps", 2, "--rooms", 2, "--channels", 8, "--size", 56, "--pictures", 1)
 
 
 def features(seed: int, informed: bool) -> Features:
@@ -171,7 +171,7 @@ def test_a_model_is_asked_where_no_answers_are_given(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     "wrong",
     [
-        ("--size", 50), ("--layers", 0, 1, 2, 9), ("--steps", 0), ("--answers", "x"), ("--benchmark", "absent"),
+        ("--size", 50), ("--layers", 0, 1, 2, 9), ("--steps", 0), ("--channels", 12), ("--answers", "x"), ("--benchmark", "absent"),
         ("--model", "tiny", "--models", "tiny"), ("--benchmark", "rooms_qa", "--answers", "x", "y"),
     ],
 )  # fmt: skip
