@@ -88,8 +88,8 @@ def test_identities_moved_by_the_truth_are_all_matched() -> None:
 def test_noise_is_at_chance() -> None:
     points, _ = shuffled_points()
     generator = torch.Generator().manual_seed(3)
-    noise = [torch.randn(VIEWS, CELLS, CELLS, 2, 32, generator=generator) for _ in range(2)]
-    scored = scored_with(*noise, points)
+    queries, keys = torch.randn(2, VIEWS, CELLS, CELLS, 2, 32, generator=generator)
+    scored = scored_with(queries, keys, points)
     chance = share_correct([scored], Key(RANDOM))
     assert 10 < chance < 25
     for series in (AFTER, ATTENTION):

@@ -171,8 +171,9 @@ def test_a_model_is_asked_where_no_answers_are_given(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     "wrong",
     [
-        ("--size", 50), ("--layers", 0, 1, 2, 9), ("--steps", 0), ("--channels", 12), ("--answers", "x"), ("--benchmark", "absent"),
-        ("--model", "tiny", "--models", "tiny"), ("--benchmark", "rooms_qa", "--answers", "x", "y"),
+        ("--size", 50), ("--layers", 0, 1, 2, 9), ("--steps", 0), ("--channels", 12), ("--answers", "x"),
+        ("--benchmark", "absent"), ("--model", "tiny", "--models", "tiny"),
+        ("--benchmark", "rooms_qa", "--answers", "x", "y"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_probed_is_refused(
