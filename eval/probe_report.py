@@ -16,7 +16,7 @@ from eval.records import counted, markdown_rows, text_rows, told_skips, told_wei
 from g2vlm.preview import (
     INK,
     MARGIN,
-    NOTHING,
+    MUTED,
     PAGE,
     WIDTH,
     depth_colours,
@@ -156,17 +156,28 @@ def bins_chart(metrics: Mapping[str, float]) -> Image.Image:
     """Answers by bin."""
     points = np.array([(number, metrics[f"bin_accuracy/{number}"]) for number in _bins(metrics)])
     mean = np.array([(x, metrics["answers"]) for x in points[[0, -1], 0]])
-    lines = [Series("all questions", mean, NOTHING, 2), Series("bin", points, COLOURS[0], 2.5, dots=True)]
-    return line_chart("Answers by how well depth is probed in their room, %", "bin, 1: largest error", lines, (0, 100))
+    lines = [Series("all questions", mean, MUTED, 1), Series("bin", points, COLOURS[0], 2.5, dots=True)]
+    return line_chart(
+        "Answers by how well depth is probed in their room, %",
+        "bin, 1: largest error",
+        lines,
+        around(points[:, 1].tolist()),
+    )
 
 
 def models_chart(record: Mapping[str, Any]) -> Image.Image:
     """A dot per model: RMSE to the right, answers upwards."""
     lines = [
-        Series(name, np.array([(own["metrics"]["rmse"], own["metrics"]["answers"])]), COLOURS[i % len(COLOURS)])
+        Series(name, np.array([(100 * own["metrics"]["rmse"], own["metrics"]["answers"])]), COLOURS[i % len(COLOURS)])
         for i, (name, own) in enumerate(record["models"].items())
     ]
-    return line_chart("Answers by the probe's RMSE, %", "RMSE, metres", lines, (0, 100))
+    values = [own["metrics"]["answers"] for own in record["models"].values()]
+    return line_chart("Answers by the probe's RMSE, %", "RMSE, cm", lines, around(values))
+
+
+def around(values: Sequence[float], margin: float = 5.0) -> tuple[float, float]:
+    """Range of an axis that shows percentages with room around them."""
+    return max(0.0, min(values) - margin), min(100.0, max(values) + margin)
 
 
 # ---------------------------------------------------------------------------------------------- depth
