@@ -4,7 +4,7 @@ Pictures are drawn at twice their size and reduced, which smooths the lines.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -13,6 +13,7 @@ from g2vlm.preview import INK, MUTED, NOTHING, PAGE, font
 
 WIDTH, HEIGHT = 960, 420
 LEFT, TOP, RIGHT, BOTTOM = 60, 46, 24, 52
+LEGEND_ROW, ENTRY_GAP = 26, 26
 FINE = 2
 Colour = tuple[int, int, int]
 
@@ -22,7 +23,7 @@ class Series:
     """A line of a chart.
 
     Args:
-        name: in the legend.
+        name: in the legend; an empty one has no entry.
         points: (N, 2) x and y; points that are not finite are left out.
         colour: of the line.
         width: of the line in pixels.
@@ -43,23 +44,28 @@ def running_mean(points: np.ndarray, window: int) -> np.ndarray:
     return np.column_stack([points[:, 0], means])
 
 
-def line_chart(title: str, x_label: str, series: Sequence[Series]) -> Image.Image:
-    """Series over a common x axis; y starts at zero and ends where 99 % of the values lie below.
+def line_chart(
+    title: str, x_label: str, series: Sequence[Series], y_range: tuple[float, float] | None = None
+) -> Image.Image:
+    """Series over a common x axis. The legend stands beside the title, or in rows under it where it is too long.
 
     Args:
         title: above the chart.
         x_label: under it.
         series: drawn in this order, those without a finite point not at all.
+        y_range: of the y axis; by default from zero to where 99 % of the values lie below.
     """
     finite = [Series(s.name, _finite(s.points), s.colour, s.width, s.dots) for s in series]
     shown = [s for s in finite if len(s.points)]
     axes = _Axes.around(np.concatenate([s.points for s in shown]) if shown else np.ones((1, 2)))
+    rows = _legend_rows(title, [s for s in shown if s.name])
+    axes = replace(axes, y=y_range or axes.y, top=TOP + LEGEND_ROW * (len(rows) - 1))
     page = Image.new("RGB", (FINE * WIDTH, FINE * HEIGHT), PAGE)
     draw = ImageDraw.Draw(page)
     _draw_frame(draw, axes, x_label)
     for one in shown:
         _draw_series(draw, axes, one)
-    _draw_heading(draw, title, shown)
+    _draw_heading(draw, title, rows)
     return page.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
 
 
@@ -77,6 +83,7 @@ class _Axes:
 
     x: tuple[float, float]
     y: tuple[float, float]
+    top: int = TOP
 
     @classmethod
     def around(cls, points: np.ndarray) -> "_Axes":
@@ -90,7 +97,7 @@ class _Axes:
         share_x = (points[:, 0] - self.x[0]) / (self.x[1] - self.x[0])
         share_y = np.clip((points[:, 1] - self.y[0]) / (self.y[1] - self.y[0]), 0, 1)
         x = LEFT + share_x * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - share_y * (HEIGHT - TOP - BOTTOM)
+        y = HEIGHT - BOTTOM - share_y * (HEIGHT - self.top - BOTTOM)
         return [(FINE * a, FINE * b) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
 
 
@@ -124,12 +131,32 @@ def _draw_series(draw: ImageDraw.ImageDraw, axes: _Axes, series: Series) -> None
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), series.colour)
 
 
-def _draw_heading(draw: ImageDraw.ImageDraw, title: str, series: Sequence[Series]) -> None:
-    """The title to the left, the legend to the right."""
+def _legend_rows(title: str, series: Sequence[Series]) -> list[list[Series]]:
+    """The series in rows of the legend; the first row is beside the title, and empty where not all have room there."""
+    page = WIDTH - LEFT - RIGHT
+    if sum(map(_entry_width, series)) <= page - font(19 * FINE).getlength(title) / FINE - ENTRY_GAP:
+        return [[*series]]
+    rows: list[list[Series]] = [[], []]
+    for one in series:
+        if rows[-1] and sum(map(_entry_width, [*rows[-1], one])) > page:
+            rows.append([])
+        rows[-1].append(one)
+    return rows
+
+
+def _entry_width(series: Series) -> float:
+    """Pixels of an entry with its line and the gap before it."""
+    return font(14 * FINE).getlength(series.name) / FINE + 2 * ENTRY_GAP
+
+
+def _draw_heading(draw: ImageDraw.ImageDraw, title: str, rows: Sequence[Sequence[Series]]) -> None:
+    """The title to the left, the rows of the legend to the right."""
     draw.text((FINE * LEFT, FINE * 12), title, INK, font(19 * FINE))
-    small, right = font(14 * FINE), FINE * (WIDTH - RIGHT)
-    for one in reversed(series):
-        right -= draw.textlength(one.name, small)
-        draw.text((right, FINE * 22), one.name, MUTED, small, anchor="lm")
-        draw.line((right - 32 * FINE, FINE * 22, right - 8 * FINE, FINE * 22), one.colour, 4 * FINE)
-        right -= 52 * FINE
+    small = font(14 * FINE)
+    for number, row in enumerate(rows):
+        right, middle = FINE * (WIDTH - RIGHT), FINE * (22 + LEGEND_ROW * number)
+        for one in reversed(row):
+            right -= draw.textlength(one.name, small)
+            draw.text((right, middle), one.name, MUTED, small, anchor="lm")
+            draw.line((right - 32 * FINE, middle, right - 8 * FINE, middle), one.colour, 4 * FINE)
+            right -= 2 * ENTRY_GAP * FINE

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_SHOWN = 8
 MAX_POINTS = 800_000
 WIDTH, MARGIN, GAP = 1680, 24, 8
-LABEL_WIDTH = 34
+LABEL_WIDTH, BAR_WIDTH = 34, 720
 PAGE, INK, MUTED, NOTHING, CAPTION = (255, 255, 255), (28, 32, 40), (112, 118, 130), (214, 217, 222), (200, 205, 214)
 # Near (light, warm) to far (dark, cool); the lightness falls evenly, so equal steps in depth look equal.
 DEPTH_COLOURS = np.array([
@@ -168,23 +168,29 @@ def sideways(text: str, length: int) -> Image.Image:
 
 def legend(depth_range: tuple[float, float], units: str) -> Image.Image:
     """Colour bar of the depth with numbers, and what the colours of the normals mean."""
-    panel = Image.new("RGB", (WIDTH - 2 * MARGIN, 46), PAGE)
-    draw = ImageDraw.Draw(panel)
-    draw.text((LABEL_WIDTH, 2), f"depth ({units})", INK, font(16))
-    left, bar_width = LABEL_WIDTH + 150, 720
-    ramp = np.broadcast_to(np.linspace(*depth_range, bar_width), (20, bar_width))
-    panel.paste(Image.fromarray(depth_colours(ramp, depth_range)), (left, 2))
-    for share in np.linspace(0, 1, 5):
-        x = left + share * (bar_width - 1)
-        draw.line((x, 22, x, 26), INK)
-        value = depth_range[0] + share * (depth_range[1] - depth_range[0])
-        draw.text((x, 28), f"{value:.3g}", INK, font(15), anchor="ma")
-    left += bar_width + 110
+    panel = depth_legend(depth_range, units)
+    draw, left = ImageDraw.Draw(panel), LABEL_WIDTH + 150 + BAR_WIDTH + 110
     draw.text((left, 2), "normals", INK, font(16))
     for name, normal in (("right", (1, 0, 0)), ("up", (0, -1, 0)), ("to camera", (0, 0, -1))):
         left += 100
         draw.rectangle((left, 3, left + 18, 21), fill=tuple(normal_colours(np.array(normal)).tolist()))
         draw.text((left + 25, 3), name, MUTED, font(15))
+    return panel
+
+
+def depth_legend(depth_range: tuple[float, float], units: str) -> Image.Image:
+    """Colour bar of the depth with numbers."""
+    panel = Image.new("RGB", (WIDTH - 2 * MARGIN, 46), PAGE)
+    draw = ImageDraw.Draw(panel)
+    draw.text((LABEL_WIDTH, 2), f"depth ({units})", INK, font(16))
+    left = LABEL_WIDTH + 150
+    ramp = np.broadcast_to(np.linspace(*depth_range, BAR_WIDTH), (20, BAR_WIDTH))
+    panel.paste(Image.fromarray(depth_colours(ramp, depth_range)), (left, 2))
+    for share in np.linspace(0, 1, 5):
+        x = left + share * (BAR_WIDTH - 1)
+        draw.line((x, 22, x, 26), INK)
+        value = depth_range[0] + share * (depth_range[1] - depth_range[0])
+        draw.text((x, 28), f"{value:.3g}", INK, font(15), anchor="ma")
     return panel
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geometry.cameras import pixel_rays, project
+from geometry.rotations import at_least_float32
 from geometry.transforms import apply_rigid, invert_rigid, length
 
 Size = tuple[int, int]
@@ -168,6 +169,7 @@ def cell_coordinates(points: Tensor, image_size: Size, grid_size: Size) -> Tenso
     `x_cell = (x + 1/2) w / W - 1/2`, the same for y. The image may be any resampling of the one that the grid was made
     from, as long as both show the same field of view.
     """
+    points = at_least_float32(points)  # also whole pixels
     (height, width), (rows, columns) = image_size, grid_size
     scale = torch.tensor([columns / width, rows / height], dtype=points.dtype, device=points.device)
     return (points + 0.5) * scale - 0.5

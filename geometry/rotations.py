@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half-precision tensors as float32; float32 and float64 unchanged."""
+    """Half-precision tensors and integers as float32; float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -62,6 +62,8 @@ g2vlm data check "$OUT/photos"
 g2vlm data preview "$OUT/photos" -o "$OUT/sheet.png"
 run "$PY" eval/recon.py --model "$OUT/ours" --limit 2 --pictures 1 -o "$OUT/scores"
 run "$PY" eval/recon.py --model tiny --dataset images --data "$OUT/photos" --width 112 -o "$OUT/unscored"
+run "$PY" eval/correspondence.py --clips 2 --views 3 --paths 0 --size 112 --pictures 1 -o "$OUT/correspondence"
+run "$PY" eval/probe.py --rooms 4 --limit 2 --steps 5 --size 56 --pictures 1 -o "$OUT/probe"
 run "$PY" eval/vqa.py --limit 6 --geometry off -o "$OUT/answers"
 run "$PY" eval/vqa.py --limit 6 --pictures 2 --compare "$OUT/answers" -o "$OUT/compared"
 for file in points.ply points.glb cameras.json preview.png depth/0002.png scene.safetensors; do
