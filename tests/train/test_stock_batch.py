@@ -93,7 +93,7 @@ def test_there_is_always_an_image(samples: list[ChatSample]) -> None:
     """Of one token, in a row that teaches nothing."""
     layout = stock_layout()
     batch = collate_stock(samples, layout)
-    assert batch.input_ids.shape[0] == len(samples) + 1 == len(batch.targets)
+    assert batch.input_ids.shape[0] == len(samples) + 1 == len(batch.clips)
     assert batch.input_ids[-1, :3].tolist() == [2, IMAGE, 3]
     assert batch.image_grid_thw.tolist() == [[1, 2, 2]]
     assert (batch.labels[-1] == IGNORED).all()

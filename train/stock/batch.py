@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from g2vlm.data.chat.batch import shown_clip
 from g2vlm.data.chat.types import ChatSample
+from g2vlm.data.types import SceneSample
 from g2vlm.semantic_images import FRAMES, MERGE, semantic_pixels
 from g2vlm.sequence import IGNORED
 from g2vlm.supervision.base import ClipShape
@@ -28,8 +30,10 @@ class StockBatch:
         weights: (B, S) 1 / sqrt(number of labels of the answer), 0 where nothing is learned.
         pixel_values: (n, 6 p^2) patches of all images, row by row.
         image_grid_thw: (N, 3) their grids.
-        targets: of each row's frames; None for a row that no teacher speaks of.
         names, tasks: of the samples, what is filled in left out.
+        clips: what the images of every row show, in the order of the row, where it is known; the row that is filled in
+            has None.
+        targets: what every clip is compared with; None of a row without any.
     """
 
     input_ids: Tensor
@@ -39,9 +43,10 @@ class StockBatch:
     weights: Tensor
     pixel_values: Tensor
     image_grid_thw: Tensor
-    targets: tuple[TeacherTargets | None, ...]
     names: tuple[str, ...]
     tasks: tuple[str, ...]
+    clips: tuple[SceneSample | None, ...] = ()
+    targets: tuple[TeacherTargets | None, ...] = ()
 
     def to(self, device: torch.device | str) -> "StockBatch":
         """The same batch on a device."""
@@ -88,16 +93,17 @@ def collate_stock(samples: Sequence[ChatSample], layout: StockLayout) -> StockBa
         weights=_stacked(rows, "weights", 0.0),
         pixel_values=torch.as_tensor(pixels),
         image_grid_thw=torch.as_tensor(grids),
-        targets=(None,) * len(rows),
         names=tuple(sample.name for sample in samples),
         tasks=tuple(sample.task for sample in samples),
+        clips=(*map(shown_clip, samples), *[None] * (not images)),
     )
 
 
 def stock_inputs(batch: StockBatch) -> dict[str, Any]:
     """Keyword arguments of a supervised model's forward: logits of the answers, predictions where there are targets."""
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "pixel_values", "image_grid_thw")
-    shapes = [None if own is None else ClipShape.of(own) for own in batch.targets]
+    targets = batch.targets or (None,) * len(batch.input_ids)
+    shapes = [None if own is None else ClipShape.of(own) for own in targets]
     return {**{name: getattr(batch, name) for name in names}, "logits_at_labels": True, "shapes": shapes}
 
 

@@ -36,6 +36,7 @@ class StockLayout:
     Args:
         processor: the model's, of transformers.
         rule: of the images' sizes.
+        camera_probes, scale_probe: whether a probe token will follow every image, and one more a sample's last.
 
     Raises:
         CheckpointError: the processor has no chat template.
@@ -43,6 +44,8 @@ class StockLayout:
 
     processor: Any
     rule: SemanticRule
+    camera_probes: bool = False
+    scale_probe: bool = False
 
     def __post_init__(self) -> None:
         if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
@@ -62,8 +65,10 @@ class StockLayout:
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def num_tokens(self, shape: ChatShape) -> int:
-        """Length of the row at most; errors as in `row`."""
-        return len(self.row(shape).ids) + shape.spare
+        """Length of the row at most, with its probe tokens; errors as in `row`."""
+        num_images = len(shape.image_order)
+        probes = num_images * self.camera_probes + (num_images > 0) * self.scale_probe
+        return len(self.row(shape).ids) + shape.spare + probes
 
     def row(self, shape: ChatShape) -> Row:
         """The tokens of a conversation; views of the geometry encoder have none.

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from g2vlm.companions import PREPROCESSOR, PROCESSOR, TOKENIZER
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.semantic_images import FRAMES, MERGE, SemanticRule
-from g2vlm.weights import Coverage, WeightFiles, read_json
+from g2vlm.weights import WEIGHTS, Coverage, WeightFiles, read_json
+from train.state import share
 
 CONFIG = "config.json"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -125,6 +127,26 @@ def write_stock(folder: Path, model: Any, weights: Mapping[str, Tensor], origin:
     for name in COPIED:
         if (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
+
+
+@dataclass(frozen=True)
+class StockFiles:
+    """The layout of a stock model's folder.
+
+    Args:
+        origin: the folder that the model was loaded from.
+    """
+
+    origin: Path
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor], model: Any) -> None:
+        """As `write_stock`."""
+        write_stock(folder, model, weights, self.origin)
+        share(folder / WEIGHTS, folder)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """Under the model's own names, a tied weight under both of its."""
+        return load_stock(folder).state_dict()
 
 
 def write_limits(folder: Path, rule: SemanticRule) -> None:
