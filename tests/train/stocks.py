@@ -48,7 +48,10 @@ def stock_model(family: str, tied: bool = False) -> Any:
         vision_start_token_id=2, vision_end_token_id=3, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    for parameter in model.model.visual.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # so that images differ
+    return model
 
 
 def stock_processor(family: str) -> Any:

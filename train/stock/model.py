@@ -161,4 +161,5 @@ def write_limits(folder: Path, rule: SemanticRule) -> None:
 
 def recompute_activations(model: nn.Module) -> None:
     """Recompute the inside of every block in backward instead of keeping it."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+    newest, older = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, newest if hasattr(model, newest) else older)({"use_reentrant": False})
