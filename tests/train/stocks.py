@@ -11,22 +11,27 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+from g2vlm.data.chat.types import ChatSample
+from g2vlm.geometry_tokens import Clip
 from g2vlm.prompts import EMBEDDED
 from g2vlm.semantic_images import SemanticRule
-from g2vlm.supervision.backbones import backbone_of
+from g2vlm.supervision.dense_head import DPTWidths
+from g2vlm.supervision.gasp import GASPHeads
+from g2vlm.supervision.spatialsv import SpatialSVHeads
+from g2vlm.supervision.teachers.base import targets_of
+from geometry.correspondence import TrackRule
 from tests.g2vlm.stock import TEXT, VISION
 from tests.train.chats import chat_run
-from train.config import OptimConfig, RunConfig
+from tests.train.clips import GEOVR
+from train.assemble import Assembled, assemble
+from train.config import RunConfig
 from train.engine import Engine
-from train.loop import build_objectives, head_groups
-from train.objectives.supervision import supervision_of
-from train.optim import build_optimizer
-from train.start import starting_student
+from train.objectives.gasp import GASPConfig
+from train.objectives.spatialsv import SpatialSVConfig
 from train.step import StepResult, Trainer
-from train.stock.batch import StockBatch, stock_inputs
+from train.stock.batch import StockBatch, collate_stock, stock_inputs
 from train.stock.layout import StockLayout
-from train.stock.model import FAMILIES, image_rule, load_processor, load_stock
-from train.trainable import set_trainable
+from train.stock.model import image_rule, load_processor, load_stock
 
 IMAGE, VIDEO, VOCABULARY = 512, 513, 520
 CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
@@ -81,6 +86,15 @@ def stock_layout(family: str = "qwen2_vl", limits: SemanticRule | None = None) -
     return StockLayout(processor, image_rule(processor, limits))
 
 
+SMALL = {
+    "geovr": GEOVR,
+    "gasp": GASPConfig(heads=GASPHeads(embed_dim=8), tracks=TrackRule(grids=((2, 2),))),
+    "spatialsv": SpatialSVConfig(
+        SpatialSVHeads((1, 2, 2, 3), output_dim=8, widths=DPTWidths((4, 4, 8, 8), 8), distill=False), distill=0.0
+    ),
+}
+"""Heads of geometric supervision that compute in no time."""
+
 ALL = {"language_model": 1.0, "embeddings": 1.0, "lm_head": 1.0, "merger": 1.0, "vision_encoder": 1.0}
 
 
@@ -96,22 +110,25 @@ def stock_run(
     return replace(plain, model=str(stock_folder(family)), trainable=groups, data=replace(plain.data, chat=chat))
 
 
-def stock_trainer(
-    config: RunConfig, engine: Engine | None = None, lr: float = 1e-3
-) -> tuple[Trainer, Any, dict[str, Any]]:
-    """A trainer, the plain model, and its heads by name."""
-    student, engine = starting_student(config), engine or Engine(torch.device("cpu"))
-    trained = set_trainable(student.model, config.trainable, student.groups)
-    backbone = backbone_of(student.model)
-    supervision = supervision_of(config, backbone)
-    modules = supervision.modules if supervision else {}
-    if config.runtime.gradient_checkpointing:
-        student.recompute()
-    wrapped = engine.wrap(student.whole(backbone, modules))
-    heads = head_groups(config, supervision)
-    optimizer = build_optimizer(student.model, trained, config.trainable, OptimConfig(lr=lr), heads)
-    objectives = [*build_objectives(config), *(supervision.objectives.values() if supervision else ())]
-    return Trainer(engine, wrapped, optimizer, objectives), student.model, modules
+def supervised_run(config: RunConfig, names: Sequence[str] = tuple(SMALL)) -> RunConfig:
+    """With geometric supervision by name, its heads small."""
+    chosen = {name: SMALL[name] for name in names}
+    return replace(config, objectives=replace(config.objectives, **chosen))
+
+
+def clip_rows(samples: Sequence[ChatSample], family: str, parts: Assembled) -> StockBatch:
+    """As the loop makes it."""
+    batch = collate_stock(samples, stock_layout(family))
+    if parts.supervision is None:
+        return batch
+    teachers = parts.supervision.teachers
+    return replace(batch, targets=tuple(scene and targets_of(teachers, Clip.of(scene)) for scene in batch.clips))
+
+
+def stock_parts(config: RunConfig, engine: Engine | None = None) -> Assembled:
+    """As the loop puts them together."""
+    torch.manual_seed(0)
+    return assemble(config, engine or Engine(torch.device("cpu")))
 
 
 def stock_steps(trainer: Trainer, batches: Sequence[StockBatch], **options: Any) -> list[StepResult]:

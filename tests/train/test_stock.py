@@ -16,7 +16,7 @@ from g2vlm.errors import CheckpointError, InputError
 from g2vlm.semantic_images import SemanticRule
 from g2vlm.weights import WeightFiles, read_json
 from tests.train.chats import COLOURS, Colours
-from tests.train.stocks import ALL, stock_folder, stock_layout, stock_run, stock_steps, stock_trainer
+from tests.train.stocks import ALL, stock_folder, stock_layout, stock_parts, stock_run, stock_steps
 from tests.train.test_chat import run
 from tests.train.test_state import equal_runs
 from train.config import GeometryConfig
@@ -35,7 +35,7 @@ def batch_of(family: str = "qwen2_vl", count: int = len(COLOURS)) -> StockBatch:
 def test_overfitting_one_batch(family: str) -> None:
     """All answers are right."""
     config = stock_run(family=family)
-    trainer, _, _ = stock_trainer(config)
+    trainer = stock_parts(config).trainer
     batch, steps, results = batch_of(family), 50, []
     for step in range(steps):
         set_learning_rate(trainer.optimizer, learning_rate(step, steps, 1e-2, config.schedule))
@@ -44,17 +44,18 @@ def test_overfitting_one_batch(family: str) -> None:
     assert losses[19] < 0.5 * losses[0]
     assert losses[-1] < 0.1 < 5 < losses[0]
     _, output = trainer.evaluate(stock_inputs(batch), batch)
+    assert output.logits is not None
     assert torch.equal(output.logits.argmax(-1), batch.label_ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_the_librarys(family: str) -> None:
     """Transformers' own, of the labels, with all logits."""
-    trainer, model, _ = stock_trainer(stock_run(family=family))
+    parts = stock_parts(stock_run(family=family))
     batch = batch_of(family)
     inputs = stock_inputs(batch)
-    expected = model(**{name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}).loss
-    terms, _ = trainer.evaluate(inputs, batch)
+    expected = parts.model(**{name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}).loss
+    terms, _ = parts.trainer.evaluate(inputs, batch)
     assert terms["language"] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -70,9 +71,10 @@ def test_every_parameter_is_in_a_group(family: str) -> None:
 
 @pytest.mark.parametrize("groups", [["language_model"], ["merger", "lm_head"], ["vision_encoder", "embeddings"]])
 def test_what_is_frozen_keeps_its_bits(groups: list[str]) -> None:
-    trainer, model, _ = stock_trainer(stock_run(trainable=dict.fromkeys(groups, 1.0)))
+    parts = stock_parts(stock_run(trainable=dict.fromkeys(groups, 1.0)))
+    model = parts.model
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    stock_steps(trainer, [batch_of()] * 2)
+    stock_steps(parts.trainer, [batch_of()] * 2)
     moved = {group_of(n, GROUPS) for n, parameter in model.named_parameters() if not torch.equal(parameter, before[n])}
     assert moved == set(groups)
 
@@ -82,9 +84,9 @@ def test_recomputed_activations_change_no_gradient() -> None:
     results = []
     for recomputed in (False, True):
         runtime = replace(config.runtime, gradient_checkpointing=recomputed)
-        trainer, model, _ = stock_trainer(replace(config, runtime=runtime))
-        trainer.model.train()
-        stock_steps(trainer, [batch_of()])
+        parts = stock_parts(replace(config, runtime=runtime))
+        model = parts.model
+        stock_steps(parts.trainer, [batch_of()])
         results.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == recomputed
     for name, parameter in results[0].items():
@@ -113,7 +115,8 @@ def test_a_run_leaves_a_plain_model(finished: Path) -> None:
         assert (model / name).read_bytes() == (start / name).read_bytes(), name
     written = read_json(model / "config.json")
     assert written["architectures"] == ["Qwen2VLForConditionalGeneration"]
-    loaded, info = AutoModelForImageTextToText.from_pretrained(model, output_loading_info=True)
+    found: Any = AutoModelForImageTextToText.from_pretrained(model, output_loading_info=True)
+    loaded, info = found
     assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     assert AutoProcessor.from_pretrained(model).image_token_id == loaded.config.image_token_id
     assert (model / "model.safetensors").stat().st_mode == (model / "config.json").stat().st_mode
@@ -139,7 +142,7 @@ def test_resumed_is_undisturbed(finished: Path, tmp_path: Path, caplog: pytest.L
 def test_a_checkpoint_is_a_start(finished: Path) -> None:
     """Training begins anew from its weights."""
     config = replace(stock_run(), model=str(finished / "checkpoints/step-00000004"))
-    _, model, _ = stock_trainer(config)
+    model = stock_parts(config).model
     for name, tensor in load_stock(finished / "model").state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -151,7 +154,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     run(config, tmp_path / "run")
     assert WeightFiles(tmp_path / "run/model").specs == WeightFiles(start).specs
     with pytest.raises(InputError, match="lm_head trains nothing"):
-        stock_trainer(replace(config, trainable=ALL))
+        stock_parts(replace(config, trainable=ALL))
     run(replace(config, runtime=replace(config.runtime, steps=3, resume="auto")), tmp_path / "run")
     assert "lm_head.weight" not in load_file(tmp_path / "run/checkpoints/step-00000003/model.safetensors")
 
@@ -175,9 +178,9 @@ def test_what_a_stock_model_cannot_do() -> None:
     with pytest.raises(InputError, match=r"objectives\.geometry with a stock model"):
         starting_student(replace(config, objectives=replace(config.objectives, geometry=GeometryConfig())))
     with pytest.raises(InputError, match=r"unknown group trainable\.semantic_expert"):
-        stock_trainer(replace(config, trainable={"semantic_expert": 1.0}))
+        stock_parts(replace(config, trainable={"semantic_expert": 1.0}))
     with pytest.raises(InputError, match="deepstack_mergers trains nothing"):
-        stock_trainer(replace(config, trainable={"deepstack_mergers": 1.0}))
+        stock_parts(replace(config, trainable={"deepstack_mergers": 1.0}))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "processor_config.json"])

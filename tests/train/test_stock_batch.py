@@ -12,10 +12,11 @@ from g2vlm.errors import CheckpointError, InputError
 from g2vlm.semantic_images import SemanticRule
 from g2vlm.sequence import IGNORED
 from tests.train.chats import Colours
-from tests.train.stocks import FAMILIES, IMAGE, stock_layout
+from tests.train.stocks import IMAGE, stock_layout
 from train.packing import ChatMixture, PackStream
 from train.stock.batch import collate_stock, padded
 from train.stock.layout import StockLayout
+from train.stock.model import FAMILIES
 
 END = 1
 
@@ -139,7 +140,7 @@ def test_templates_that_cannot_be_learned_from(template: str, told: str) -> None
 def test_packs_count_their_padding() -> None:
     """Rows of a pack times the longest of them fit; the next item would not have."""
     layout = stock_layout()
-    sources = (Colours(pictures=3), Colours(pictures=0, views=0), Colours(pictures=1))
+    sources = (Colours(3, views=0), Colours(0, views=0), Colours(1, views=0))
     mixture = ChatMixture(sources, (1.0, 1.0, 1.0))
     stream = PackStream(mixture, layout, tokens_per_pack=300, view_size=(28, 28), size=padded)
     packs = stream.packs()
