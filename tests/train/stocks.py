@@ -80,10 +80,14 @@ def stock_folder(family: str = "qwen2_vl", tied: bool = False) -> Path:
     return folder
 
 
-def stock_layout(family: str = "qwen2_vl", limits: SemanticRule | None = None) -> StockLayout:
+def fresh_layout(family: str = "qwen2_vl", limits: SemanticRule | None = None) -> StockLayout:
     """Of the folder."""
     processor = load_processor(stock_folder(family), load_stock(stock_folder(family)).config)
     return StockLayout(processor, image_rule(processor, limits))
+
+
+stock_layout = cache(fresh_layout)
+"""Made once."""
 
 
 SMALL = {

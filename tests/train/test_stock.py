@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.semantic_images import SemanticRule
+from g2vlm.supervision.saved import saved_names
 from g2vlm.weights import WeightFiles, read_json
 from tests.train.chats import COLOURS, Colours
-from tests.train.stocks import ALL, stock_folder, stock_layout, stock_parts, stock_run, stock_steps
+from tests.train.clips import BoxClips
+from tests.train.stocks import ALL, stock_folder, stock_layout, stock_parts, stock_run, stock_steps, supervised_run
 from tests.train.test_chat import run
 from tests.train.test_state import equal_runs
 from train.config import GeometryConfig
+from train.engine import engine
+from train.loop import train
 from train.optim import learning_rate, set_learning_rate
+from train.packing import ChatMixture
 from train.start import starting_student
 from train.stock.batch import StockBatch, collate_stock, stock_inputs
 from train.stock.model import FAMILIES, GROUPS, load_stock
@@ -168,6 +173,55 @@ def test_other_sizes_of_images_are_written(tmp_path: Path) -> None:
     size = processor.image_processor.size
     assert (size["shortest_edge"], size["longest_edge"]) == (28 * 28 * 2, 28 * 28 * 3)
     assert processor.image_processor(images=[torch.zeros(3, 40, 40)])["image_grid_thw"].tolist() == [[1, 4, 4]]
+
+
+# ---- with geometric supervision -------------------------------------------------------------------------------------
+
+
+def clips_run(folder: Path, **runtime: Any) -> None:
+    """Four steps of questions about clips, of clips without any, and of words."""
+    sources = (BoxClips(), BoxClips(asked=False, name="silent"), BoxClips(views=0, name="words"))
+    with engine("ddp", "cpu") as one:
+        train(supervised_run(stock_run(**runtime)), one, folder, ChatMixture(sources, (1.0, 1.0, 1.0)))
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run with all three."""
+    folder = tmp_path_factory.mktemp("supervised") / "run"
+    clips_run(folder)
+    return folder
+
+
+def test_every_supervision_teaches_a_stock_model(supervised: Path) -> None:
+    lines = [json.loads(line) for line in (supervised / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    for name in ("geovr.depth", "geovr.rotation", "gasp.correspondence", "spatialsv.point_l2", "language"):
+        assert max(line["counts"][name] for line in steps) > 0, name
+        assert max(line[name] for line in steps) > 0, name
+    assert all(torch.tensor(line["loss"]).isfinite() for line in steps)
+
+
+def test_nothing_of_the_heads_is_in_the_model(supervised: Path) -> None:
+    """Its tensors, files and logits are those of a model that never had any."""
+    start, model = stock_folder(), supervised / "model"
+    assert {file.name for file in model.iterdir()} == {file.name for file in start.iterdir()}
+    assert WeightFiles(model).specs == WeightFiles(start).specs
+    assert saved_names(supervised / "heads") == ["gasp", "geovr", "spatialsv"]
+    inputs = {name: own for name, own in stock_inputs(batch_of()).items() if isinstance(own, torch.Tensor)}
+    config = AutoConfig.from_pretrained(start)
+    never: Any = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+    never.load_state_dict(load_stock(supervised / "checkpoints/step-00000004").state_dict())
+    exported: Any = AutoModelForImageTextToText.from_pretrained(model, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        assert torch.equal(exported(**inputs).logits, never(**inputs).logits)
+
+
+def test_a_supervised_run_goes_on(supervised: Path, tmp_path: Path) -> None:
+    shutil.copytree(supervised / "checkpoints/step-00000002", tmp_path / "run/checkpoints/step-00000002")
+    shutil.copy(supervised / "log.jsonl", tmp_path / "run/log.jsonl")
+    clips_run(tmp_path / "run", resume="auto")
+    equal_runs(supervised, tmp_path / "run", 4)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

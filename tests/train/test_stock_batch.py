@@ -12,7 +12,7 @@ from g2vlm.errors import CheckpointError, InputError
 from g2vlm.semantic_images import SemanticRule
 from g2vlm.sequence import IGNORED
 from tests.train.chats import Colours
-from tests.train.stocks import IMAGE, stock_layout
+from tests.train.stocks import IMAGE, fresh_layout, stock_layout
 from train.packing import ChatMixture, PackStream
 from train.stock.batch import collate_stock, padded
 from train.stock.layout import StockLayout
@@ -128,7 +128,7 @@ def test_a_rule_with_other_limits() -> None:
     ],
 )
 def test_templates_that_cannot_be_learned_from(template: str, told: str) -> None:
-    layout = stock_layout()
+    layout = fresh_layout()
     layout.processor.chat_template = template
     with pytest.raises(CheckpointError, match=told):
         layout.row(conversation().shape)
