@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.train.clips import BoxClips
 from tests.train.stocks import ALL, stock_folder, stock_layout, stock_parts, stock_run, stock_steps, supervised_run
 from tests.train.test_chat import run
 from tests.train.test_state import equal_runs
-from train.config import GeometryConfig
+from train.config import AdapterConfig, GeometryConfig
 from train.engine import engine
 from train.loop import train
 from train.optim import learning_rate, set_learning_rate
@@ -222,6 +223,37 @@ def test_a_supervised_run_goes_on(supervised: Path, tmp_path: Path) -> None:
     shutil.copy(supervised / "log.jsonl", tmp_path / "run/log.jsonl")
     clips_run(tmp_path / "run", resume="auto")
     equal_runs(supervised, tmp_path / "run", 4)
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+def test_adapters_are_merged_into_a_plain_model(tmp_path: Path) -> None:
+    """What they are added to keeps its bits; the rest learns as its group says; a stopped run goes on with them."""
+    config = replace(stock_run(trainable={"language_model": 1.0, "merger": 1.0}), lora=AdapterConfig(rank=4))
+    parts, plain = stock_parts(config), stock_parts(stock_run())
+    batch = batch_of()
+    first, second = (own.trainer.evaluate(stock_inputs(batch), batch)[0] for own in (parts, plain))
+    assert first == second
+    trained = {name for name, parameter in parts.model.named_parameters() if parameter.requires_grad}
+    projections = {name for name in trained if ".lora_" in name}
+    assert len(projections) == 2 * 7 * 3
+    assert all(name.startswith("model.visual.merger.") for name in trained - projections)
+    run(config, tmp_path / "run")
+    start, model = WeightFiles(stock_folder()), WeightFiles(tmp_path / "run/model")
+    assert model.specs == start.specs
+    changed = {name for name in start.specs if not torch.equal(start.load(name), model.load(name))}
+    assert changed == {n for n in start.specs if "_proj.weight" in n or n.startswith("visual.merger.")}
+    shutil.copytree(tmp_path / "run/checkpoints/step-00000002", tmp_path / "again/checkpoints/step-00000002")
+    shutil.copy(tmp_path / "run/log.jsonl", tmp_path / "again/log.jsonl")
+    run(replace(config, runtime=replace(config.runtime, resume="auto")), tmp_path / "again")
+    equal_runs(tmp_path / "run", tmp_path / "again", 4)
+
+
+def test_a_stock_model_has_one_expert() -> None:
+    with pytest.raises(InputError, match="only expert"):
+        starting_student(replace(stock_run(), lora=AdapterConfig(("semantic", "geometric"))))
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
