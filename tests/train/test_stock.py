@@ -18,11 +18,11 @@ from g2vlm.semantic_images import SemanticRule
 from g2vlm.supervision.saved import saved_names
 from g2vlm.weights import WeightFiles, read_json
 from tests.train.chats import COLOURS, Colours
-from tests.train.clips import BoxClips
+from tests.train.clips import GEOVR, BoxClips
 from tests.train.stocks import ALL, stock_folder, stock_layout, stock_parts, stock_run, stock_steps, supervised_run
 from tests.train.test_chat import run
 from tests.train.test_state import equal_runs
-from train.config import AdapterConfig, GeometryConfig
+from train.config import AdapterConfig, GeometryConfig, load_config, save_config
 from train.engine import engine
 from train.loop import train
 from train.optim import learning_rate, set_learning_rate
@@ -31,6 +31,8 @@ from train.start import starting_student
 from train.stock.batch import StockBatch, collate_stock, stock_inputs
 from train.stock.model import FAMILIES, GROUPS, load_stock
 from train.trainable import group_of, set_trainable
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def batch_of(family: str = "qwen2_vl", count: int = len(COLOURS)) -> StockBatch:
@@ -254,6 +256,17 @@ def test_adapters_are_merged_into_a_plain_model(tmp_path: Path) -> None:
 def test_a_stock_model_has_one_expert() -> None:
     with pytest.raises(InputError, match="only expert"):
         starting_student(replace(stock_run(), lora=AdapterConfig(("semantic", "geometric"))))
+
+
+def test_the_example(tmp_path: Path) -> None:
+    """It parses, and its groups and objectives are those of a stock model."""
+    config = load_config(ROOT / "configs/extensions/stock_qwen2_vl.yaml")
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    assert config.trainable.keys() <= GROUPS.keys()
+    tiny = replace(config, model=str(stock_folder(tied=True)))
+    objectives = replace(tiny.objectives, geovr=replace(config.objectives.geovr, heads=GEOVR.heads))
+    assert stock_parts(replace(tiny, objectives=objectives)).supervision is not None
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
