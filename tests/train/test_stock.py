@@ -22,7 +22,7 @@ from tests.train.clips import GEOVR, BoxClips
 from tests.train.stocks import ALL, stock_folder, stock_layout, stock_parts, stock_run, stock_steps, supervised_run
 from tests.train.test_chat import run
 from tests.train.test_state import equal_runs
-from train.config import AdapterConfig, GeometryConfig, load_config, save_config
+from train.config import AdapterConfig, GeometryConfig, TokenSourceConfig, load_config, save_config
 from train.engine import engine
 from train.loop import train
 from train.optim import learning_rate, set_learning_rate
@@ -70,7 +70,7 @@ def test_the_loss_is_the_librarys(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_in_a_group(family: str) -> None:
     model = load_stock(stock_folder(family))
-    groups = {group_of(name, GROUPS) for name, _ in model.named_parameters()}
+    groups = {group_of(name, groups=GROUPS) for name, _ in model.named_parameters()}
     assert groups == set(GROUPS) - (set() if family == "qwen3_vl" else {"deepstack_mergers"})
     for group in groups:
         trained = set_trainable(model, {group: 1.0}, GROUPS)
@@ -83,7 +83,9 @@ def test_what_is_frozen_keeps_its_bits(groups: list[str]) -> None:
     model = parts.model
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     stock_steps(parts.trainer, [batch_of()] * 2)
-    moved = {group_of(n, GROUPS) for n, parameter in model.named_parameters() if not torch.equal(parameter, before[n])}
+    moved = {
+        group_of(n, groups=GROUPS) for n, parameter in model.named_parameters() if not torch.equal(parameter, before[n])
+    }
     assert moved == set(groups)
 
 
@@ -278,6 +280,9 @@ def test_what_a_stock_model_cannot_do() -> None:
         starting_student(replace(config, objectives=replace(config.objectives, geometry=GeometryConfig())))
     with pytest.raises(InputError, match=r"unknown group trainable\.semantic_expert"):
         stock_parts(replace(config, trainable={"semantic_expert": 1.0}))
+    tokens = replace(config, geometry_tokens=TokenSourceConfig())
+    with pytest.raises(InputError, match="geometry_tokens with a stock model"):
+        starting_student(tokens).tokens(tokens, torch.device("cpu"))
     with pytest.raises(InputError, match="deepstack_mergers trains nothing"):
         stock_parts(replace(config, trainable={"deepstack_mergers": 1.0}))
 
