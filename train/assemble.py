@@ -1,11 +1,10 @@
 """What a step trains, put together from a config: the model, its supervision, the optimizer and the objectives."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from g2vlm.errors import InputError
-from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.supervision.backbones import backbone_of
 from g2vlm.supervision.base import SupervisedModel
 from train.config import RunConfig
@@ -15,25 +14,31 @@ from train.objectives.language import LanguageObjective
 from train.objectives.report import Objective
 from train.objectives.supervision import SupervisionParts, supervision_of, wanted
 from train.optim import HeadGroup, build_optimizer
-from train.start import starting_model
+from train.start import starting_student
 from train.step import Trainer
-from train.trainable import checkpoint_activations, set_trainable
+from train.student import Student
+from train.trainable import set_trainable
 
 
 class Assembled(NamedTuple):
     """A run's parts.
 
     Args:
-        model: the plain model, as it is saved and exported.
+        student: the model, and what a run needs of its kind.
         heads: modules of geometric supervision by name, which train with it; None without any.
         supervision: what they are compared with, and how.
         trainer: of all of them.
     """
 
-    model: G2VLMForConditionalGeneration
+    student: Student
     heads: nn.ModuleDict | None
     supervision: SupervisionParts | None
     trainer: Trainer
+
+    @property
+    def model(self) -> Any:
+        """The plain model, as it is saved and exported."""
+        return self.student.model
 
 
 def assemble(config: RunConfig, engine: Engine) -> Assembled:
@@ -44,18 +49,19 @@ def assemble(config: RunConfig, engine: Engine) -> Assembled:
         CheckpointError: the folder of the model is unusable.
         MissingExtra: something optional is not installed.
     """
-    model = starting_model(config)
-    trained = set_trainable(model, config.trainable)
+    student = starting_student(config)
+    model = student.model
+    trained = set_trainable(model, config.trainable, student.groups)
     backbone = backbone_of(model)
     supervision = supervision_of(config, backbone)
     if config.runtime.gradient_checkpointing:
-        checkpoint_activations(model)
-    whole = model if supervision is None else SupervisedModel(backbone, supervision.modules)
-    heads = whole.supervisions if isinstance(whole, SupervisedModel) else None
+        student.recompute()
+    whole = student.whole(backbone, supervision.modules if supervision else {})
+    heads = whole.supervisions if supervision and isinstance(whole, SupervisedModel) else None
     wrapped = engine.wrap(whole)
     optimizer = build_optimizer(model, trained, config.trainable, config.optim, head_groups(config, supervision))
     objectives = [*build_objectives(config), *(supervision.objectives.values() if supervision else ())]
-    return Assembled(model, heads, supervision, Trainer(engine, wrapped, optimizer, objectives, config.optim.clip))
+    return Assembled(student, heads, supervision, Trainer(engine, wrapped, optimizer, objectives, config.optim.clip))
 
 
 def head_groups(config: RunConfig, supervision: SupervisionParts | None) -> list[HeadGroup]:

@@ -298,10 +298,12 @@ class RunConfig:
 
     Args:
         model: a preset, a checkpoint folder, a mapping {preset: name, key: value, part: {key: value}}, or a checkpoint
-            folder that gets a fusion: {checkpoint: folder, fusion: {key: value}}.
+            folder that gets a fusion: {checkpoint: folder, fusion: {key: value}}; or the folder of a Qwen2-VL,
+            Qwen2.5-VL or Qwen3-VL of transformers.
         trainable: group of parameters -> multiplier of its learning rate; an absent group is frozen. Groups:
             geometry_encoder, projection, geometric_expert, semantic_expert, embeddings, lm_head, geometry_heads,
-            semantic_encoder, fusion; and merger, the part of the semantic encoder behind its tower.
+            semantic_encoder, fusion; and merger, the part of the semantic encoder behind its tower. Of a stock model:
+            language_model, embeddings, lm_head, vision_encoder, merger, deepstack_mergers.
         lora: adapters in place of the weights of the experts that it names; null: none.
         objectives: what is minimised.
         teachers: of the geometric supervision among the objectives, asked in order: each adds what those before it do

@@ -20,7 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from g2vlm.errors import InputError
 from g2vlm.supervision.base import Heads
 
-_SHARDED = ("MoTLayer", "DinoV2", "FrameBlock", "ContextBlock", "Qwen2VLVisionBlock")
+_SHARDED = (
+    "MoTLayer", "DinoV2", "FrameBlock", "ContextBlock", "Qwen2VLVisionBlock", "Qwen2VLDecoderLayer",
+    "Qwen2_5_VLVisionBlock", "Qwen2_5_VLDecoderLayer", "Qwen3VLVisionBlock", "Qwen3VLTextDecoderLayer",
+)  # fmt: skip
 _FLOAT32 = ("PixelHead", "CameraHead")
 """Output heads compute in float32 whatever the rest does; so do those of geometric supervision."""
 

@@ -1,6 +1,7 @@
 """What a run learns from, scenes or questions, behind one interface: batches in order and the model's inputs."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,38 +116,39 @@ class SceneFeed:
 
 
 @dataclass(frozen=True)
-class PackDataset(Dataset[LoadedBatch]):
+class QuestionDataset(Dataset[LoadedBatch], ABC):
     """Maps the plan of a step to this rank's pack.
 
     Args:
         stream: that made the plan.
-        augment: change the views' colours at random.
-        mixed: whether the stream's coin chooses the attention.
         teachers: asked here about every clip; None: nobody asks.
         tokens: of the images, made here; None: not here.
         clips: whether batches keep them, for who asks later.
+        augment: change the views' colours at random.
     """
 
-    stream: PackStream
-    augment: bool = False
-    mixed: bool = False
+    stream: PackStream[Any]
     teachers: tuple[Teacher, ...] | None = None
     tokens: GivenTokens | None = None
     clips: bool = False
+    augment: bool = False
     frame_sources: tuple[FrameSource, ...] = ()
+
+    @abstractmethod
+    def collated(self, samples: Sequence[ChatSample], plan: StepPlan) -> Any:
+        """The batch of a plan's readable samples."""
 
     def __getitem__(self, plan: StepPlan) -> LoadedBatch:
         """The pack; questions whose pictures cannot be read after all are left out of it."""
         bad = [*plan.bad]
         samples = [sample for item in plan.items if (sample := self._readable(item, bad)) is not None]
-        attention = ("frame" if self.stream.coin(plan.step) else "global") if self.mixed else None
-        batch = collate_chats(samples, self.stream.layout, plan.filling, cast(GeometryAttention | None, attention))
+        batch = self.collated(samples, plan)
         batch = batch if self.tokens is None else self.tokens.complete(batch)
         batch = replace(batch, targets=self._taught(batch), clips=batch.clips if self.clips else ())
         facts = plan.facts
         return LoadedBatch(batch, tuple(bad), plan.step, facts["samples"], facts["tokens"], facts, plan.end)
 
-    def _taught(self, batch: ChatBatch) -> tuple[TeacherTargets | None, ...]:
+    def _taught(self, batch: Any) -> tuple[TeacherTargets | None, ...]:
         if self.teachers is None:
             return ()
         return tuple(scene and targets_of(self.teachers, Clip.of(scene)) for scene in batch.clips)
@@ -165,22 +167,35 @@ class PackDataset(Dataset[LoadedBatch]):
 
 
 @dataclass(frozen=True)
-class ChatFeed:
-    """Packed questions.
+class PackDataset(QuestionDataset):
+    """Packs of our own model: one sequence each.
+
+    Args:
+        mixed: whether the stream's coin chooses the attention.
+    """
+
+    mixed: bool = False
+
+    def collated(self, samples: Sequence[ChatSample], plan: StepPlan) -> ChatBatch:
+        """What the plan says is missing is filled in."""
+        attention = ("frame" if self.stream.coin(plan.step) else "global") if self.mixed else None
+        return collate_chats(samples, self.stream.layout, plan.filling, cast(GeometryAttention | None, attention))
+
+
+@dataclass(frozen=True)
+class QuestionFeed:
+    """Packed questions, whatever the model.
 
     Args:
         dataset: of packs.
         rank, world: of the process.
-        geometry, global_points: what the geometry heads predict.
         teachers: asked before a step, in the training process; None without supervision.
         tokens: of the images, made before a step; None: not here.
     """
 
-    dataset: PackDataset
+    dataset: QuestionDataset
     rank: int
     world: int
-    geometry: bool
-    global_points: bool
     teachers: tuple[Teacher, ...] | None = None
     tokens: GivenTokens | None = None
     unit: str = "tokens"
@@ -191,15 +206,27 @@ class ChatFeed:
         loader: Batches = self.dataset
         return batches(loader, plans, workers)
 
-    def taught(self, batch: ChatBatch) -> ChatBatch:
+    def taught(self, batch: Any) -> Any:
         """With the geometry tokens that are made here, and what the teachers say that are asked here."""
         batch = batch if self.tokens is None else self.tokens.complete(batch)
         if not self.teachers:
             return batch
-        device = batch.sequence.position_ids.device
+        device = batch.label_ids.device
         asked = zip(batch.clips, batch.targets, strict=True)
         targets = [scene and targets_of(self.teachers, Clip.of(scene).to(device), known) for scene, known in asked]
         return replace(batch, targets=tuple(own and own.to(device) for own in targets))
+
+
+@dataclass(frozen=True)
+class ChatFeed(QuestionFeed):
+    """Packed questions to our own model.
+
+    Args:
+        geometry, global_points: what the geometry heads predict.
+    """
+
+    geometry: bool = False
+    global_points: bool = False
 
     def inputs(self, batch: ChatBatch, step: int) -> dict[str, Any]:
         """Logits of the answers, geometry if it is learned, and the sizes of what heads are compared with."""
@@ -265,9 +292,10 @@ def build_feed(
         offline, online = (None, None) if supervision is None else (supervision.offline, supervision.online)
         early, late = (None, tokens) if tokens is not None and tokens.source.online else (tokens, None)
         stream = build_stream(config, source, model, seed, supervision)
-        dataset = PackDataset(stream, augment, mixed, offline, early, supervision is not None or late is not None)
-        global_points = global_points and model.config.heads.global_points
-        return ChatFeed(dataset, engine.rank, engine.world, geometry is not None, global_points, online, late)
+        kept = supervision is not None or late is not None
+        dataset = PackDataset(stream, offline, early, kept, augment, mixed=mixed)
+        shown, points = geometry is not None, global_points and model.config.heads.global_points
+        return ChatFeed(dataset, engine.rank, engine.world, online, late, geometry=shown, global_points=points)
     sampler = build_sampler(config.data, source, seed, model.config)
     return SceneFeed(StepDataset(sampler, engine.rank, engine.world, augment), model.config, global_points, mixed)
 

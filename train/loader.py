@@ -20,6 +20,7 @@ from g2vlm.data.transforms import augment_colours
 from g2vlm.data.types import SceneSample
 from g2vlm.errors import G2VLMError, InputError, TooManyBadFiles
 from train.sampler import Pick, Sampler
+from train.stock.batch import StockBatch
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class LoadedBatch(NamedTuple):
         end: where the data of the next step begin: what a checkpoint must know to go on.
     """
 
-    batch: SceneBatch | ChatBatch
+    batch: SceneBatch | ChatBatch | StockBatch
     bad: tuple[BadSample, ...]
     step: int
     asked: int

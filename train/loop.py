@@ -17,7 +17,6 @@ from torch import nn
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import Stopped, TrainingAborted
 from g2vlm.model.attention.health import watch_attention
-from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from g2vlm.staging import staged_folder, write_errors
 from g2vlm.supervision.base import Supervision
 from g2vlm.supervision.saved import write_supervision
@@ -26,7 +25,7 @@ from train.assemble import Assembled, assemble
 from train.changes import check_changes
 from train.config import RunConfig, plain
 from train.engine import Engine
-from train.feed import VALIDATION_SEED, Feed, build_feed
+from train.feed import VALIDATION_SEED, Feed
 from train.loader import LoadedBatch
 from train.log import Console, RunLog, write_run
 from train.lora import split, write_adapters
@@ -34,9 +33,10 @@ from train.objectives.supervision import check_needs
 from train.optim import learning_rate, set_learning_rate
 from train.packing import ChatMixture
 from train.pictures import save_picture
-from train.state import STATE, Checkpoints, load_state, model_state, save_state, write_model
+from train.state import STATE, Checkpoints, load_state, model_state, save_state
 from train.step import Guard, Trainer
-from train.tokens import check_clips, given_tokens
+from train.student import Student
+from train.tokens import check_clips
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +97,12 @@ def stop_signals() -> Iterator[threading.Event]:
 class Run:
     """A run under way; `done` counts its finished steps, and the data of the next one begin at `place`.
 
-    `model` is the plain model, `heads` the modules of geometric supervision by name, which train with it.
+    `student` has the plain model, `heads` are the modules of geometric supervision by name, which train with it.
     """
 
     config: RunConfig
     folder: Path
-    model: G2VLMForConditionalGeneration
+    student: Student
     heads: nn.ModuleDict | None
     trainer: Trainer
     data: Feed
@@ -126,18 +126,18 @@ class Run:
         runtime = config.runtime
         torch.manual_seed(runtime.seed)
         parts = assemble(config, engine)
-        model, supervision = parts.model, parts.supervision
+        student, supervision = parts.student, parts.supervision
         if supervision is not None and isinstance(source, ChatMixture):
             check_needs(source.sources, supervision, engine.device)
-        tokens = given_tokens(config, model.config, engine.device)
+        tokens = student.tokens(config, engine.device)
         if tokens is not None and isinstance(source, ChatMixture):
             check_clips(source.sources, tokens)
         checkpoints, guard = Checkpoints(folder / "checkpoints", runtime.keep), Guard(config.guards)
-        data, held_out = build_feed(config, source, model, engine, runtime.seed, True, supervision, tokens), None
+        data, held_out = student.feed(config, source, engine, runtime.seed, True, supervision, tokens), None
         if validation is not None:
-            held_out = build_feed(config, validation, model, engine, VALIDATION_SEED, False, supervision, tokens)
+            held_out = student.feed(config, validation, engine, VALIDATION_SEED, False, supervision, tokens)
         done, place = resume(checkpoints, config, parts, guard) if runtime.resume == "auto" else (0, 0)
-        return cls(config, folder, model, parts.heads, parts.trainer, data, held_out, checkpoints, guard,
+        return cls(config, folder, student, parts.heads, parts.trainer, data, held_out, checkpoints, guard,
                    RunLog(folder, engine.rank == 0, done, runtime.tensorboard), done, place)  # fmt: skip
 
     def train(self, asked: threading.Event) -> None:
@@ -193,7 +193,7 @@ class Run:
     def given(self, data: Feed, batch: Any) -> AbstractContextManager[None]:
         """Around a forward: its images are fused with the tokens that the batch has, if any are given."""
         tokens = data.given(batch)
-        return nullcontext() if tokens is None else self.model.given_frames.use(tokens)
+        return nullcontext() if tokens is None else self.student.model.given_frames.use(tokens)
 
     def validate(self, data: Feed) -> None:
         """The same batches and picture every time; each term's mean over the batches that have it."""
@@ -215,12 +215,17 @@ class Run:
 
     @torch.no_grad()
     def measure_attention(self) -> None:
-        """Logits and entropy of attention on the first batch of the validation, or of the training without one."""
+        """Logits and entropy of attention on the first batch of the validation, or of the training without one.
+
+        Those of a stock model are not measured.
+        """
+        if self.student.watched is None:
+            return
         data = self.data if self.validation is None else self.validation
         loaded = next(data.batches(range(1), 0, workers=0))
         self.trainer.model.eval()
         batch = data.taught(loaded.batch.to(self.trainer.engine.device))
-        with watch_attention(self.model.decoder) as health, self.given(data, batch):
+        with watch_attention(self.student.watched) as health, self.given(data, batch):
             self.trainer.model(**data.inputs(batch, 0))
         self.trainer.model.train()
         self.log.attention(self.done, health)
@@ -228,21 +233,22 @@ class Run:
     def save(self) -> None:
         """A checkpoint of the steps done."""
         rest = {"guard": self.guard.state(), "config": plain(self.config), "place": self.place}
-        files = self.data.write_files
-        engine, optimizer = self.trainer.engine, self.trainer.optimizer
-        save_state(self.checkpoints, self.done, engine, self.model, optimizer, rest, files, self.heads)
+        files, layout = self.data.write_files, self.student.files
+        model, engine, optimizer = self.student.model, self.trainer.engine, self.trainer.optimizer
+        save_state(self.checkpoints, self.done, engine, model, optimizer, rest, files, self.heads, layout)
 
     def export(self) -> None:
         """The model alone, in `model/`; what adapters it has, also in `adapter/`, and heads by name in `heads/`."""
-        weights, adapters = split(self.model, model_state(self.trainer.engine, self.model))
+        model = self.student.model
+        weights, adapters = split(model, model_state(self.trainer.engine, model))
         if self.trainer.engine.rank == 0:
             with staged_folder(self.folder / "model", overwrite=True) as staging:
-                write_model(staging, weights, self.model)
+                self.student.files.write(staging, weights, model)
                 self.data.write_files(staging)
             log.info("model in %s", self.folder / "model")
         if self.trainer.engine.rank == 0 and adapters:
             with staged_folder(self.folder / "adapter", overwrite=True) as staging:
-                write_adapters(staging, self.model, adapters)
+                write_adapters(staging, model, adapters)
         self.export_heads()
 
     def export_heads(self) -> None:
@@ -280,7 +286,8 @@ def resume(checkpoints: Checkpoints, config: RunConfig, parts: Assembled, guard:
     if found is None:
         log.info("no checkpoint in %s: starting anew", checkpoints.folder)
         return 0, 0
-    state = load_state(checkpoints.path(found), engine, parts.model, trainer.optimizer, parts.heads)
+    student, path = parts.student, checkpoints.path(found)
+    state = load_state(path, engine, student.model, trainer.optimizer, parts.heads, student.files)
     guard.restore(state["guard"])
     log.info("going on from %s", checkpoints.path(found))
     return found, state.get("place", found)

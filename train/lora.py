@@ -20,16 +20,20 @@ from train.config import AdapterConfig
 EXPERTS = ("semantic", "geometric")
 PROJECTIONS = AdapterConfig().modules
 
+TARGETS = r"decoder\.layers\.\d+\.({experts})\.(attention|mlp)\.({modules})"
+"""Names of our own model's projections, of some experts and kinds."""
+
 _NAME = "default"  # peft's own for the only adapter of a model
 _DOWN, _UP, _BASE = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight", ".base_layer."
 
 
-def peft_settings(config: AdapterConfig, start: str | None = None) -> Any:
+def peft_settings(config: AdapterConfig, start: str | None = None, targets: str = TARGETS) -> Any:
     """The peft.LoraConfig of a run's adapters.
 
     Args:
         config: of the adapters.
         start: the name or folder of the model that they are trained on.
+        targets: pattern of the projections' names with places for `experts` and `modules`.
 
     Raises:
         InputError: unknown experts or modules, or impossible numbers.
@@ -44,13 +48,12 @@ def peft_settings(config: AdapterConfig, start: str | None = None) -> Any:
     ):
         if not fits:
             raise InputError(f"unusable lora.{key}: {value}", f"it has to be {allowed}", f"set lora.{key}")
-    experts, modules = "|".join(config.experts), "|".join(config.modules)
     return _peft().LoraConfig(
         base_model_name_or_path=start,
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=rf"decoder\.layers\.\d+\.({experts})\.(attention|mlp)\.({modules})",
+        target_modules=targets.format(experts="|".join(config.experts), modules="|".join(config.modules)),
     )
 
 

@@ -6,13 +6,13 @@ number of the item that the next pack begins with. Every process plans all packs
 loader workers decide nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from g2vlm.data.chat.batch import Filling
-from g2vlm.data.chat.layout import ChatLayout
 from g2vlm.data.chat.types import ChatShape, ChatSource, Size
 from g2vlm.errors import InputError
 from train.loader import BadSample
@@ -93,8 +93,23 @@ class StepPlan:
     bad: tuple[BadSample, ...]
 
 
+class Layout(Protocol):
+    """How conversations become tokens of a model."""
+
+    def num_tokens(self, shape: ChatShape) -> int:
+        """Of a sample, at most.
+
+        Raises:
+            InputError: it cannot be laid out.
+        """
+        ...
+
+
+LayoutT = TypeVar("LayoutT", bound=Layout)
+
+
 @dataclass(frozen=True)
-class PackStream:
+class PackStream(Generic[LayoutT]):
     """The stream.
 
     Args:
@@ -105,15 +120,17 @@ class PackStream:
         view_size: (H, W) of all views.
         scenes_alone: the geometry encoder is called for each scene (windows that straddle images), not once for all.
         always_image: every pack has an image, so that heads on image tokens always have something to run on.
+        size: tokens of a pack, from those of its items: their sum where they stand in one sequence.
     """
 
     mixture: ChatMixture
-    layout: ChatLayout
+    layout: LayoutT
     seed: int = 0
     tokens_per_pack: int = 40_960
     view_size: Size = (518, 518)
     scenes_alone: bool = False
     always_image: bool = False
+    size: Callable[[Sequence[int]], int] = sum
 
     def item(self, number: int) -> Item:
         """The item at a place of the stream."""
@@ -136,7 +153,7 @@ class PackStream:
         items: list[Item] = []
         shapes: list[tuple[ChatShape, int]] = []
         bad: list[BadSample] = []
-        number, unusable, space = start, 0, self.tokens_per_pack
+        number, unusable = start, 0
         while True:
             item = self.item(number)
             try:
@@ -148,12 +165,12 @@ class PackStream:
                 bad.append(BadSample(self.name(item), str(error)))
                 number += 1
                 continue
-            if tokens > space:
+            if self.size([*(own for _, own in shapes), tokens]) > self.tokens_per_pack:
                 yield _pack(items, shapes, item.number, bad)
-                items, shapes, bad, space = [], [], [], self.tokens_per_pack
+                items, shapes, bad = [], [], []
             items.append(item)
             shapes.append((shape, tokens))
-            space, unusable, number = space - tokens, 0, number + 1
+            unusable, number = 0, number + 1
 
     def plans(self, steps: Sequence[int], start: int, rank: int = 0, world: int = 1) -> Iterator[StepPlan]:
         """One process's share of consecutive steps, the first of which begins with item `start`; errors as `packs`."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,31 @@ from g2vlm.fusion_config import FusionConfig
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
 from train.config import RunConfig
 from train.lora import add_adapters, peft_settings
+from train.stock.model import PROJECTIONS, is_stock, load_stock
+from train.student import OurStudent, StockStudent, Student
+
+
+def starting_student(config: RunConfig) -> Student:
+    """The model of a run with its adapters, if it has any: ours, or the stock one of a folder.
+
+    Raises:
+        InputError: unknown preset or config key, unusable adapters, or objectives that a stock model cannot have.
+        CheckpointError: the folder is unusable.
+        MissingExtra: adapters without peft.
+    """
+    if not is_stock(config.model):
+        return OurStudent(starting_model(config))
+    if config.objectives.geometry is not None:
+        fix = "set it to null; geovr, gasp and spatialsv supervise any model"
+        raise InputError("objectives.geometry with a stock model", "it has no geometry heads", fix)
+    if config.lora is not None and config.lora.experts != ("semantic",):
+        raise InputError("lora.experts with a stock model", "its language model is the only expert", "leave them out")
+    folder = Path(str(config.model))
+    adapters = None if config.lora is None else peft_settings(config.lora, str(folder), PROJECTIONS)
+    model = load_stock(folder).train()
+    if adapters is not None:
+        add_adapters(model, adapters, config.runtime.seed)
+    return StockStudent(model, folder)
 
 
 def starting_model(config: RunConfig) -> G2VLMForConditionalGeneration:

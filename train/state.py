@@ -1,6 +1,7 @@
 """Checkpoints that appear complete or not at all, and are trusted only after their manifest verifies.
 
-A checkpoint folder holds a model in our layout (model.safetensors, config.json: `g2vlm.load` reads it), the optimizer
+A checkpoint folder holds a model in the layout of its kind (model.safetensors, config.json: `g2vlm.load` reads ours,
+`from_pretrained` of transformers a stock one), the optimizer
 (optimizer.safetensors), the rest of the state (state.json) and, written last, manifest.json with the size and SHA-256
 of each file. With LoRA the model has the adapters merged into it, and adapters.safetensors holds them: what they are
 added to is the model that the run starts from. With geometric supervision heads.safetensors holds its heads and probe
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -169,15 +170,43 @@ def verify(folder: Path) -> None:
 # ---- what a checkpoint holds ----------------------------------------------------------------------------------------
 
 
+class ModelFiles(Protocol):
+    """How a kind of model lies in a folder: MODEL, config.json, and what belongs to them."""
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor], model: Any) -> None:
+        """A folder of a model with these full tensors under the model's own names."""
+        ...
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors of a folder under the model's own names."""
+        ...
+
+
+class OurFiles:
+    """Our layout."""
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor], model: Any) -> None:
+        """Weights, config, tokenizer and processor."""
+        write_model(folder, weights, model)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """As they are stored."""
+        return load_file(folder / MODEL)
+
+
+OURS: ModelFiles = OurFiles()
+
+
 def save_state(
     checkpoints: Checkpoints,
     step: int,
     engine: Engine,
-    model: G2VLMForConditionalGeneration,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     rest: Mapping[str, Any],
     write_files: Callable[[Path], None] = lambda folder: None,
     heads: nn.Module | None = None,
+    layout: ModelFiles = OURS,
 ) -> None:
     """Write the checkpoint of a step; called on all ranks, written by rank 0, failing on all ranks together.
 
@@ -190,6 +219,7 @@ def save_state(
         rest: JSON types.
         write_files: completes a folder that holds the model.
         heads: what trains with the model and belongs to none; None without any.
+        layout: of the model's folder.
     """
     weights, adapters = split(model, model_state(engine, model))
     files = {OPTIMIZER: optimizer_state(engine, model, optimizer, heads), **({ADAPTERS: adapters} if adapters else {})}
@@ -198,11 +228,11 @@ def save_state(
     state = {**rest, "schema": SCHEMA, "step": step}
 
     def fill(folder: Path) -> None:
-        write_model(folder, weights, model)
+        layout.write(folder, weights, model)
         write_files(folder)
         for name, tensors in files.items():
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            _share(folder / name, folder)
+            share(folder / name, folder)
         (folder / STATE).write_text(_json(state), encoding="utf-8")
 
     _on_first_rank(engine, lambda: checkpoints.write(step, fill))
@@ -225,16 +255,17 @@ def _on_first_rank(engine: Engine, write: Callable[[], None]) -> None:
 def load_state(
     folder: Path,
     engine: Engine,
-    model: G2VLMForConditionalGeneration,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     heads: nn.Module | None = None,
+    layout: ModelFiles = OURS,
 ) -> dict[str, Any]:
     """Put a verified checkpoint into the model, its heads and the optimizer; returns the rest of the state.
 
     Raises:
         CheckpointError: it was made by another model, or trained other groups.
     """
-    _load_model(folder, engine, model)
+    _load_model(folder, engine, model, layout)
     if heads is not None:
         _load_heads(folder, engine, heads)
     moments = load_file(folder / OPTIMIZER)
@@ -252,9 +283,9 @@ def load_state(
     return read_json(folder / STATE)
 
 
-def _load_model(folder: Path, engine: Engine, model: nn.Module) -> None:
+def _load_model(folder: Path, engine: Engine, model: nn.Module, layout: ModelFiles) -> None:
     """Copy all tensors into the model, but those that adapters are added to: they are there, and must fit."""
-    stored = load_file(folder / MODEL)
+    stored = layout.read(folder)
     stored |= load_file(folder / ADAPTERS) if (folder / ADAPTERS).is_file() else {}
     own = dict(model.state_dict())
     _same_names(folder / MODEL, stored, map(plain_name, own))
@@ -313,16 +344,16 @@ def optimizer_state(
     }
 
 
-def write_model(folder: Path, weights: Mapping[str, Tensor], model: G2VLMForConditionalGeneration) -> None:
+def write_model(folder: Path, weights: Mapping[str, Tensor], model: Any) -> None:
     """Weights, config, tokenizer and processor in our layout."""
     save_file(dict(weights), folder / MODEL, metadata={"format": "pt"})
     config = model.config.to_diff_dict()
     config["architectures"] = [G2VLMForConditionalGeneration.__name__]
     (folder / "config.json").write_text(_json(config), encoding="utf-8")
     write_companions(folder, model.config)
-    _share(folder / MODEL, folder)
+    share(folder / MODEL, folder)
 
 
-def _share(file: Path, folder: Path) -> None:
+def share(file: Path, folder: Path) -> None:
     """Give a file of safetensors, which makes them for their owner alone, the mode of the folder's other files."""
     file.chmod((folder / "config.json").stat().st_mode)

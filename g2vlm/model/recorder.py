@@ -49,6 +49,14 @@ class Recorder:
         handle = embedding.register_forward_hook(hook)
         self._handles.append(handle)
 
+    def choose_rows(self, module: nn.Module, chosen: Tensor) -> None:
+        """Let `module` see only the rows (k, d) of its first argument (..., d) where `chosen` (...) says so."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][chosen], *args[1:])
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
     def output(self, module: nn.Module) -> Any:
         """What `module` returned; the first time, if it ran several times."""
         return self._kept[module, "output"]

@@ -13,6 +13,7 @@ from geometry import GeometryPrediction, geometry_losses
 from geometry.losses import TERM_COUNTS
 from train.config import GeometryConfig
 from train.objectives.report import Batch, LossReport, Term, joined
+from train.stock.batch import StockBatch
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class GeometryObjective:
 
         A scene without depth has no entries; a batch without scenes (on all ranks: `Filling`) has no terms.
         """
+        assert not isinstance(batch, StockBatch)
         geometry = output.geometry or ()
         return joined([self._report([geometry[i] for i in members], scenes) for members, scenes in batch.groups()])
 

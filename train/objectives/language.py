@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from g2vlm.data.chat.batch import ChatBatch
+from g2vlm.data.batch import SceneBatch
 from g2vlm.model.outputs import G2VLMOutput
 from train.config import LanguageConfig
 from train.objectives.report import Batch, LossReport, Term
@@ -28,12 +28,12 @@ class LanguageObjective:
 
     def __call__(self, output: G2VLMOutput, batch: Batch) -> LossReport:
         """One term, 0 for a batch without labels."""
-        assert isinstance(batch, ChatBatch)
+        assert not isinstance(batch, SceneBatch)
         assert output.logits is not None
-        weights = batch.sequence.label_weights[batch.supervised]
+        weights = batch.label_weights
         if self.config.reduction == "token":
             weights = (weights > 0).to(weights)
-        losses = token_losses(output.logits, batch.sequence.labels[batch.supervised])
+        losses = token_losses(output.logits, batch.label_ids)
         count = weights.sum()
         return {"language": Term((losses * weights).sum() / count.clamp_min(1), count, self.config.weight)}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from g2vlm.data.batch import SceneBatch
 from g2vlm.data.chat.batch import ChatBatch
 from g2vlm.model.outputs import G2VLMOutput
+from train.stock.batch import StockBatch
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Term:
 
 
 LossReport = dict[str, Term]
-Batch = SceneBatch | ChatBatch
+Batch = SceneBatch | ChatBatch | StockBatch
 
 
 class Objective(Protocol):

@@ -75,6 +75,16 @@ class ChatBatch:
         sequence = self.sequence.to(device)
         return replace(self, **moved, sequence=sequence, scenes=scenes, targets=targets, tokens=tokens)
 
+    @property
+    def label_ids(self) -> Tensor:
+        """(L,) what the logits should predict, in their order."""
+        return self.sequence.labels[self.supervised]
+
+    @property
+    def label_weights(self) -> Tensor:
+        """(L,) of them."""
+        return self.sequence.label_weights[self.supervised]
+
     def groups(self) -> list[tuple[list[int], SceneBatch]]:
         """The scenes of equal shape together: their numbers, and one batch of them."""
         shapes = [tuple(scene.images.shape) for scene in self.scenes]

@@ -128,7 +128,8 @@ class Tapped:
     """What a forward gave. Everything per sample holds visual patch tokens only, frame after frame, row by row.
 
     Args:
-        logits: (B, S, vocabulary), or (S, vocabulary) of a packed sequence; S counts the probe tokens.
+        logits: (B, S, vocabulary), or (S, vocabulary) of a packed sequence; S counts the probe tokens. Only (L,
+            vocabulary) where an adapter was asked for those of the L tokens with a target.
         targets: the id to predict at every entry of `logits`, -100 where there is no loss; None without labels. The
             language loss is `cross_entropy(logits.flatten(0, -2), targets.flatten())`, already shifted.
         frames: per sample the (h, w) of its frames in tokens, in the order of the sequence.

@@ -24,7 +24,9 @@ from g2vlm.supervision.backbones.tokens import Medium, VisualTokens, find_probes
 class TransformersBackbone(nn.Module, ABC):
     """A `*ForConditionalGeneration` of transformers as a `Backbone`.
 
-    Its inputs are the keyword arguments that the model's processor makes, with `labels` where there are answers.
+    Its inputs are the keyword arguments that the model's processor makes, with `labels` where there are answers. With
+    `logits_at_labels=True` among them, logits (L, vocabulary) and targets (L,) are of the L tokens alone that have a
+    target, row by row: the logits of all others cost much and teach nothing.
     """
 
     def __init__(self, model: nn.Module):
@@ -116,11 +118,15 @@ class TransformersBackbone(nn.Module, ABC):
             known, visual = dict(inputs), self.locate(inputs)
         else:
             known, visual = self.with_probes(inputs, taps.probes)
-        labels = known.pop("labels", None)
+        labels, sparse = known.pop("labels", None), known.pop("logits_at_labels", False)
+        targets = None if labels is None else pad(labels[:, 1:], (0, 1), value=IGNORED)
         with Recorder() as recorder:
             self._listen(recorder, taps)
             if taps.probes is not None:
                 self._place(recorder, taps.probes, visual)
+            if sparse and targets is not None:
+                recorder.choose_rows(cast(Any, self.model).get_output_embeddings(), targets != IGNORED)
+                targets = targets[targets != IGNORED]
             logits = self.model(**{"use_cache": False, **known}).logits
         camera, scale = None, None
         if taps.probes is not None:
@@ -129,7 +135,7 @@ class TransformersBackbone(nn.Module, ABC):
         raw = _first(recorder.output(self.decoder.layers[-1])) if taps.raw_last else None
         return Tapped(
             logits=logits,
-            targets=None if labels is None else pad(labels[:, 1:], (0, 1), value=IGNORED),
+            targets=targets,
             frames=visual.frames,
             hidden={layer: _pick(self._state(recorder, layer), visual.index) for layer in taps.hidden},
             raw_last=None if raw is None else _pick(raw, visual.index),

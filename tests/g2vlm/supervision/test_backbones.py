@@ -64,6 +64,19 @@ def test_targets_belong_to_the_logits(family: Family) -> None:
 
 
 @stock_families
+@pytest.mark.parametrize("probed", [False, True], ids=["plain", "probes"])
+@torch.no_grad()
+def test_logits_of_answers_alone(family: Family, probed: bool) -> None:
+    """Those of the whole forward at the tokens with a target, row by row."""
+    backbone = backbone_of(family.model())
+    inputs, taps = family.inputs(family.samples), Taps(probes=its_probes(family, backbone) if probed else None)
+    whole, sparse = backbone(inputs, taps), backbone({**inputs, "logits_at_labels": True}, taps)
+    assert torch.equal(sparse.targets, whole.targets[whole.targets != -100])
+    assert torch.equal(sparse.targets, inputs["labels"][:, 1:][inputs["labels"][:, 1:] != -100])
+    close(sparse.logits, whole.logits[whole.targets != -100])
+
+
+@stock_families
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @torch.no_grad()
 def test_hidden_states_are_the_librarys(family: Family, left: bool) -> None:
