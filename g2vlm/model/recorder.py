@@ -27,7 +27,7 @@ class Recorder:
         """Keep what `module` returns."""
 
         def hook(module: nn.Module, _: Any, output: Any) -> None:
-            self._kept.setdefault((module, "output"), output)
+            self._kept[module, "output"] = output
 
         self._handles.append(module.register_forward_hook(hook))
 
@@ -35,7 +35,7 @@ class Recorder:
         """Keep the positional and the keyword arguments of `module`."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._kept.setdefault((module, "inputs"), (args, kwargs))
+            self._kept[module, "inputs"] = args, kwargs
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -58,10 +58,10 @@ class Recorder:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def output(self, module: nn.Module) -> Any:
-        """What `module` returned; the first time, if it ran several times."""
+        """What `module` returned; the last time, if it ran several times, as where a model first reconstructs a scene."""
         return self._kept[module, "output"]
 
     def argument(self, module: nn.Module, place: int, name: str) -> Any:
-        """What `module` was given as its `place`-th positional argument or under `name`."""
+        """What `module` was given as its `place`-th positional argument or under `name`, the last time."""
         args, kwargs = self._kept[module, "inputs"]
         return args[place] if len(args) > place else kwargs[name]

@@ -22,6 +22,7 @@ from g2vlm.pipeline import Pipeline
 from g2vlm.processing import normalise_views, recon_sequence, sequence_builder
 from g2vlm.sampling import GenerationOptions
 from g2vlm.sequence import GeometryViews, SemanticImage, Text
+from g2vlm.supervision.backbones import Taps, backbone_of
 from tests.g2vlm.chats import CHATS, PACKS, chat_model, pack_inputs
 from tests.g2vlm.talkative import talkative_model
 from train.start import build_model
@@ -241,6 +242,18 @@ def test_the_zero_start_answers_as_without_fusion() -> None:
     expected = hidden_of(model, [ASKED])
     model.add_fusion(FusionConfig(head_dim=8, init="zero"))
     assert torch.equal(hidden_of(model, [ASKED]), expected)
+
+
+def test_taps_are_those_of_the_pass_that_answers() -> None:
+    """The reconstruction that the fusion reads runs through the same blocks before it."""
+    model = fused()
+    inputs = pack_inputs([ASKED]) | {"sequence": sequence_builder(model.config).build([ASKED])}
+    last = model.config.decoder.num_layers
+    tapped = backbone_of(model)(inputs, Taps(hidden=(0, 1, last), attention=(1,)))
+    index = inputs["sequence"].image_slots
+    assert torch.equal(tapped.hidden[last][0], hidden_of(model, [ASKED])[index])
+    assert [len(tapped.hidden[layer][0]) for layer in (0, 1)] == [len(index)] * 2
+    assert len(tapped.queries[1].after_rotary[0]) == len(index)
 
 
 # Answers.
