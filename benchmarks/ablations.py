@@ -24,7 +24,7 @@ from benchmarks.experiments import EXPERIMENTS, Column, Experiment
 from eval.charts import Series, line_chart
 
 ROOT = Path(__file__).resolve().parents[1]
-COLOURS = ((38, 84, 160), (46, 140, 80), (222, 110, 40), (130, 70, 160), (120, 120, 120))
+COLOURS = ((38, 84, 160), (46, 140, 80), (222, 110, 40), (130, 70, 160), (120, 120, 120), (200, 40, 60))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,7 +62,8 @@ def carry_out(
     folder = run_folder(output, name, seed).resolve()
     training, commands = folder / "training", []
     if not (training / "model").exists():
-        commands = [["-m", "train.run", "--config", experiment.configs[name], *options, "--runtime.seed", str(seed),
+        files = [part for file in experiment.configs[name] for part in ("--config", file)]
+        commands = [["-m", "train.run", *files, *options, "--runtime.seed", str(seed),
                      "--runtime.output", str(training), "--runtime.resume", "auto"]]  # fmt: skip
     for score, command in experiment.scores.items():
         if not (folder / score / "results.json").exists():

@@ -58,7 +58,7 @@ class Recorder:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def output(self, module: nn.Module) -> Any:
-        """What `module` returned; the last time, if it ran several times (a fused model reconstructs the scene first)."""
+        """What `module` returned; the last time, if it ran several times (a fused model first reconstructs)."""
         return self._kept[module, "output"]
 
     def argument(self, module: nn.Module, place: int, name: str) -> Any:
