@@ -40,10 +40,10 @@ check: $(ENVIRONMENT)
 	$(PY) -m basedpyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 
 test: $(ENVIRONMENT)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 test-slow: $(ENVIRONMENT)
-	$(PY) -m pytest -n 2 -m slow
+	$(PY) -m pytest -n 2 --dist loadgroup -m slow
 
 smoke: $(ENVIRONMENT)
 	PY="$(PY)" bash tests/smoke.sh

@@ -17,6 +17,8 @@ from tests.train.test_ranks import ENGINES, WORLD, free_port
 from train import engine as engines
 from train.config import AdapterConfig, GeometryConfig, LanguageConfig, ObjectivesConfig, RunConfig
 
+pytestmark = pytest.mark.xdist_group("test_chat_ranks")  # what the two processes report is made once
+
 SEEING, READING = Colours(views=2, pictures=2), Colours(views=0, pictures=0)
 STEPS: dict[str, tuple[list[Colours], list[Colours]]] = {
     "views and images on one rank": ([SEEING, READING], [READING]),

@@ -17,8 +17,8 @@ from g2vlm.weights import read_json
 from tests.train.runs import mini_batch, mini_trainer, train_on
 from tests.train.scenes import BoxRooms
 from tests.train.worker import mini_run
+from train import assemble, loop
 from train import engine as engines
-from train import loop
 from train.config import GeometryConfig, GuardConfig
 from train.objectives.geometry import GeometryObjective
 from train.optim import set_learning_rate
@@ -33,6 +33,8 @@ from train.state import (
     save_state,
     verify,
 )
+
+pytestmark = pytest.mark.xdist_group("test_ranks")  # what the two processes report is made once
 
 WORLD = 2
 STEPS = 2
@@ -138,7 +140,7 @@ def poisoned_run(rank: int, folder: Path) -> dict[str, Any]:
         data=replace(config.data, scenes_multiple_of=WORLD),
         guards=GuardConfig(spike=1000, max_dropped_in_a_row=2),
     )
-    loop.build_objectives = lambda config: [PoisonedRun(rank)]
+    assemble.build_objectives = lambda config: [PoisonedRun(rank)]
     with engines.engine("ddp", "cpu") as engine:
         try:
             loop.train(config, engine, folder, BoxRooms())

@@ -17,6 +17,8 @@ from train import engine as engines
 from train.assemble import Assembled
 from train.stock.batch import stock_inputs
 
+pytestmark = pytest.mark.xdist_group("test_stock_ranks")  # what the two processes report is made once
+
 ASKED, SILENT, WORDS = BoxClips(), BoxClips(views=3, asked=False), BoxClips(views=0)
 STEPS: dict[str, tuple[list[BoxClips], list[BoxClips]]] = {
     "clips on both": ([ASKED, SILENT], [ASKED]),

@@ -19,6 +19,8 @@ from train.assemble import Assembled, assemble
 from train.config import RunConfig
 from train.engine import Engine
 
+pytestmark = pytest.mark.xdist_group("test_supervision_ranks")  # what the two processes report is made once
+
 ASKED, SILENT, WORDS = BoxClips(), BoxClips(views=3, asked=False), BoxClips(views=0)
 STEPS: dict[str, tuple[list[BoxClips], list[BoxClips]]] = {
     "clips on both": ([ASKED, SILENT], [ASKED]),
