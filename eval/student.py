@@ -196,8 +196,8 @@ class OwnModel:
             }
 
         expert = ([*model.decoder.layers], _view_grid) if geometry == "on" else None
-        provenance = provenance_of(self.pipeline)
-        return Student(self.name, backbone_of(model), inputs, provenance, model.config.view_width, expert)
+        provenance, trained_size = provenance_of(self.pipeline), self.pipeline.chat.processor.view_width
+        return Student(self.name, backbone_of(model), inputs, provenance, trained_size, expert)
 
     def untrained(self) -> "OwnModel":
         """As in `StudentModel`."""
