@@ -3,16 +3,17 @@
 Shapes: one entry per sample of a batch, as in `Tapped`; H W pixels of the targets' maps.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from g2vlm.sequence import Grid
 from g2vlm.supervision.aux_tokens import AuxTokens
-from g2vlm.supervision.backbones.base import Backbone, Tapped, Taps
+from g2vlm.supervision.backbones.base import Backbone, HeadStates, PerSample, Tapped, Taps
 from g2vlm.supervision.targets import TeacherTargets
 
 
@@ -139,8 +140,8 @@ class SupervisedModel(nn.Module):
     def forward(self, *, shapes: Sequence[ClipShape | None], **inputs: Any) -> SupervisedOutput:
         """The model's forward with every supervision's taps, and the heads' predictions.
 
-        Where no sample has a shape, the heads run on the first sample that has frames, so that their weights have a
-        gradient on every process; the batch must hold at least one frame.
+        Where no sample has a shape, the heads run on the first frame of the batch, so that their weights have a gradient
+        on every process; the batch must hold at least one frame.
 
         Args:
             shapes: of each sample's targets, None for a sample without.
@@ -153,16 +154,31 @@ class SupervisedModel(nn.Module):
             if supervision.aux is not None:
                 taps |= Taps(probes=supervision.aux())
         tapped = self.backbone(inputs, taps)
-        known = shapes if any(shapes) else filler_shapes(tapped.frames)
-        predictions = {name: supervision.heads(tapped, known) for name, supervision in own.items()}
+        seen, known = (tapped, shapes) if any(shapes) else filler(tapped)
+        predictions = {name: supervision.heads(seen, known) for name, supervision in own.items()}
         return SupervisedOutput(tapped.logits, tapped.targets, tapped.geometry, predictions)
 
 
 FILLER_SIZE = (28, 28)
 
 
-def filler_shapes(frames: Sequence[Sequence[Grid]]) -> list[ClipShape | None]:
-    """A small shape for the first sample with frames, None for all others."""
-    first = next(i for i, grids in enumerate(frames) if grids)
-    filler = ClipShape(FILLER_SIZE, (1, 1))
-    return [filler if i == first else None for i in range(len(frames))]
+def filler(tapped: Tapped) -> tuple[Tapped, list[ClipShape | None]]:
+    """The first frame of the first sample with frames, whose others may be of other sizes, and a small shape for it."""
+    first = next(i for i, grids in enumerate(tapped.frames) if grids)
+    grid = tapped.frames[first][0]
+    tokens = math.prod(grid)
+
+    def cut(states: PerSample, count: int = tokens) -> PerSample:
+        return *states[:first], states[first][:count], *states[first + 1 :]
+
+    seen = replace(
+        tapped,
+        frames=(*tapped.frames[:first], (grid,), *tapped.frames[first + 1 :]),
+        hidden={layer: cut(states) for layer, states in tapped.hidden.items()},
+        raw_last=tapped.raw_last and cut(tapped.raw_last),
+        queries={block: HeadStates(*map(cut, states)) for block, states in tapped.queries.items()},
+        keys={block: HeadStates(*map(cut, states)) for block, states in tapped.keys.items()},
+        camera=tapped.camera and cut(tapped.camera, 1),
+    )
+    shape = ClipShape(FILLER_SIZE, (1, 1))
+    return seen, [shape if i == first else None for i in range(len(tapped.frames))]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import g2vlm
 from g2vlm.data.chat.batch import chat_inputs, collate_chats
-from g2vlm.data.chat.types import ChatSource
+from g2vlm.data.chat.types import ChatSample, ChatSource, ImageAt
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.supervision.saved import load_supervision, saved_names
 from tests.train.chats import layout
@@ -169,6 +170,16 @@ def test_a_batch_without_clips_leaves_the_heads_a_gradient_of_zero() -> None:
     assert kept["heads.geovr.aux.camera"].any()  # a token that the answer of its sample sees
     for name, _ in parts.heads.named_parameters():
         assert name.startswith("geovr.aux.") or not kept[f"heads.{name}"].any(), name
+
+
+def test_a_batch_without_clips_may_show_images_of_several_sizes() -> None:
+    parts = parts_of(clip_run(every=True))
+    assert parts.supervision is not None
+    images = np.zeros((56, 112, 3), np.uint8), np.zeros((56, 56, 3), np.uint8)
+    mixed = ChatSample((ImageAt(0), ImageAt(1), "What size?"), "3", images)
+    (result,) = clip_steps(parts.trainer, [clip_pack([WORDS.load(0, 0), mixed], parts.supervision)])
+    assert result.dropped is None
+    assert result.counts["geovr.depth"] == result.counts["gasp.depth"] == result.counts["spatialsv.depth_l2"] == 0
 
 
 def test_objectives_compose_to_the_sum_of_their_gradients() -> None:
