@@ -131,7 +131,7 @@ class Run:
             check_needs(source.sources, supervision, engine.device)
         tokens = student.tokens(config, engine.device)
         if tokens is not None and isinstance(source, ChatMixture):
-            check_clips(source.sources, tokens)
+            check_clips(source.sources, tokens, engine.device)
         checkpoints, guard = Checkpoints(folder / "checkpoints", runtime.keep), Guard(config.guards)
         data, held_out = student.feed(config, source, engine, runtime.seed, True, supervision, tokens), None
         if validation is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from g2vlm.config import G2VLMConfig
-from g2vlm.data.chat.batch import ChatBatch
+from g2vlm.data.chat.batch import ChatBatch, shown_clip
 from g2vlm.data.chat.types import ChatSource
 from g2vlm.errors import InputError
 from g2vlm.fusion_config import FusionConfig
@@ -77,18 +77,19 @@ def given_tokens(config: RunConfig, model: G2VLMConfig, device: torch.device) ->
     return GivenTokens(source, model.fusion, model.semantic_encoder.merge_size)
 
 
-def check_clips(sources: Sequence[ChatSource], given: GivenTokens) -> None:
-    """Ask for the tokens of a clip of every source before anything is trained.
+def check_clips(sources: Sequence[ChatSource], given: GivenTokens, device: torch.device) -> None:
+    """Ask for the tokens of a clip of every source before anything is trained, as a step will ask.
 
     Raises:
         InputError: no source shows clips, or the tokens of one are not there.
     """
     shown = [(source, first_clip(source)) for source in sources]
     for source, sample in shown:
-        if sample is None or sample.clip is None:
+        scene = None if sample is None else shown_clip(sample)
+        if scene is None:
             log.info("%s shows no clips: its images are not fused", source.name)
         else:
-            given.source.tokens(Clip.of(sample.clip))
+            given.source.tokens(Clip.of(scene).to(device))
     if not any(sample for _, sample in shown):
         names = ", ".join(source.name for source in sources)
         raise InputError("geometry_tokens for nothing", f"no source of data.chat shows clips of scenes: {names}",

@@ -16,17 +16,19 @@ from safetensors.torch import load_file
 from g2vlm.asking import look
 from g2vlm.chat_model import ChatModel, processor_of
 from g2vlm.checkpoint import load_model, random_model, save_model
+from g2vlm.data.chat.batch import shown_clip
 from g2vlm.data.chat.jsonl import JsonlChats
 from g2vlm.data.chat.registry import build_chat_source
-from g2vlm.data.chat.types import ChatSample
+from g2vlm.data.chat.types import ChatSample, ImageAt
 from g2vlm.errors import InputError
 from g2vlm.fusion_config import FusionConfig
-from g2vlm.geometry_tokens import Clip, GeometricExpert
+from g2vlm.geometry_tokens import Clip, GeometricExpert, GeometryTokens, KeptTokens
 from g2vlm.images import from_memory
 from g2vlm.sampling import GenerationOptions
 from g2vlm.token_cache import write_tokens
 from g2vlm.weights import read_json
 from tests.train.chats import CE, COLOURS, VIEW_SIZE, Colours, chat_config, chat_run, chat_steps, chat_trainer, pack
+from tests.train.clips import BoxClips
 from tests.train.test_state import equal_runs
 from train.config import RunConfig, TokenSourceConfig, load_config, save_config
 from train.engine import engine
@@ -35,6 +37,7 @@ from train.optim import learning_rate, set_learning_rate
 from train.packing import ChatMixture
 from train.run import open_data
 from train.start import build_model
+from train.tokens import GivenTokens, check_clips
 from train.trainable import GROUPS, PARTS
 
 SHORT = GenerationOptions(max_new_tokens=2)
@@ -132,6 +135,20 @@ def checkpoint_run(start: Path, given: TokenSourceConfig | None = None, **fusion
     model = {"checkpoint": str(start), "fusion": {"dropout": 0.0, **where, **fusion}}
     data = replace(config.data, color_augmentation=False)
     return replace(config, model=model, geometry_tokens=given, data=data)
+
+
+class Backwards(BoxClips):
+    """Shows the second view first."""
+
+    def load(self, index: int, seed: int) -> ChatSample:
+        return replace(super().load(index, seed), parts=(ImageAt(1), ImageAt(0), "What size?"))
+
+
+def test_the_check_before_a_run_asks_for_the_tokens_of_what_is_shown() -> None:
+    shown = shown_clip(Backwards().load(0, 0))
+    assert shown is not None
+    kept = KeptTokens({Clip.of(shown).name: GeometryTokens(torch.zeros(2, 4, 8), None, (2, 2))})
+    check_clips([Backwards()], GivenTokens(kept, FusionConfig(source="given", token_dim=8), 2), torch.device("cpu"))
 
 
 def losses(config: RunConfig, folder: Path, source: Any = None) -> list[float]:
