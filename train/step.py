@@ -102,14 +102,15 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Any], batch: Batch) -> tuple[dict[str, float], G2VLMOutput]:
-        """The joined loss and terms of a batch, and this rank's output."""
+        """The joined loss of a batch with its terms, those without entries left out, and this rank's output."""
         output = self.model(**inputs)
         report: LossReport = {}
         for objective in self.objectives:
             report |= objective(output, batch)
-        joined, *_ = self._join(report)
+        joined, counts, *_ = self._join(report)
         total = sum(joined[name].item() * term.factor for name, term in report.items())
-        return {"loss": total, **{name: value.item() for name, value in joined.items()}}, output
+        entries = dict(zip(joined, counts.tolist(), strict=True))
+        return {"loss": total, **{name: value.item() for name, value in joined.items() if entries[name]}}, output
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

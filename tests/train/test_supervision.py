@@ -25,6 +25,7 @@ from tests.train.test_state import equal_runs
 from train.assemble import Assembled, assemble
 from train.config import RunConfig, TeacherConfig
 from train.engine import Engine, engine
+from train.feed import VALIDATION_SEED
 from train.loop import train
 from train.objectives.geovr import CameraTerm, ScaleTerm
 from train.objectives.report import Objective
@@ -86,6 +87,31 @@ def test_a_run_logs_every_term_with_its_count(finished: Path) -> None:
     assert {line["counts"]["geovr.scale"] for line in steps} == {0}  # the box rooms have no metric scale
     assert all(line["geovr.scale"] == 0 for line in steps)
     assert terms <= next(line for line in lines if line["kind"] == "validation").keys()
+
+
+def test_validation_is_the_mean_over_the_batches_that_have_a_term(tmp_path: Path) -> None:
+    """A pack without answers says nothing about them."""
+    config = clip_run(1, checkpoint_every=0, validate_every=0, validation_steps=8)
+    mixture = ChatMixture((SILENT, WORDS), (1.0, 1.0))
+    config = replace(config, optim=replace(config.optim, lr=0.0))
+    with engine("ddp", "cpu") as one:
+        train(config, one, tmp_path / "run", mixture, mixture)
+        torch.manual_seed(config.runtime.seed)
+        parts = assemble(config, one)
+        assert parts.supervision is not None
+        feed = parts.student.feed(config, mixture, one, VALIDATION_SEED, False, parts.supervision)
+        reports = []
+        with torch.no_grad():
+            for loaded in feed.batches(range(8), 0, 0):
+                output = parts.trainer.model(**feed.inputs(loaded.batch, 0))
+                reports += [{k: v for own in parts.trainer.objectives for k, v in own(output, loaded.batch).items()}]
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line["kind"] == "validation"]
+    found = {name: [own[name].value.item() for own in reports if own[name].count] for name in reports[0]}
+    assert 0 < len(found["language"]) < 8
+    assert not found["geovr.scale"]
+    for name, values in found.items():
+        assert line.get(name) == (pytest.approx(sum(values) / len(values), rel=1e-4) if values else None)
 
 
 def test_resumed_is_undisturbed(finished: Path, tmp_path: Path) -> None:
@@ -156,7 +182,7 @@ def test_unlabelled_clips_add_to_the_gradient_of_answers() -> None:
     silent = clip_pack([SILENT.load(3, 3)], parts.supervision)
     one, two, none = (parts.trainer.evaluate(clip_inputs(own), own)[0] for own in (labelled, both, silent))
     assert two["language"] == pytest.approx(one["language"], rel=1e-5)
-    assert none["language"] == 0
+    assert "language" not in none
     for term in ("geovr.depth", "geovr.rotation"):
         assert two[term] == pytest.approx((one[term] + none[term]) / 2, rel=1e-4)
 
