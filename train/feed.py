@@ -24,6 +24,7 @@ from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError, TooManyBadFiles
 from g2vlm.geometry_tokens import Clip
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.semantic_images import SemanticRule, semantic_grid
 from g2vlm.sequence import GeometryAttention
 from g2vlm.supervision.base import ClipShape
 from g2vlm.supervision.targets import TeacherTargets
@@ -139,7 +140,7 @@ class QuestionDataset(Dataset[LoadedBatch], ABC):
         """The batch of a plan's readable samples."""
 
     def __getitem__(self, plan: StepPlan) -> LoadedBatch:
-        """The pack; questions whose pictures cannot be read after all are left out of it."""
+        """The pack; questions whose pictures cannot be read, or taken by the heads, after all are left out of it."""
         bad = [*plan.bad]
         samples = [sample for item in plan.items if (sample := self._readable(item, bad)) is not None]
         batch = self.collated(samples, plan)
@@ -156,6 +157,8 @@ class QuestionDataset(Dataset[LoadedBatch], ABC):
     def _readable(self, item: Item, bad: list[BadSample]) -> ChatSample | None:
         try:
             sample = self.stream.mixture.sources[item.source].load(item.index, item.seed)
+            if self.teachers is not None:
+                require_one_grid(sample, self.stream.layout.rule)
         except TooManyBadFiles:
             raise
         except InputError as error:
@@ -164,6 +167,23 @@ class QuestionDataset(Dataset[LoadedBatch], ABC):
         if sample.scene is None or not self.augment:
             return sample
         return replace(sample, scene=replace(sample.scene, images=augment_colours(sample.scene.images, item.seed)))
+
+
+def require_one_grid(sample: ChatSample, rule: SemanticRule) -> None:
+    """Refuse a clip that heads cannot take.
+
+    Raises:
+        InputError: its images have different numbers of rows or columns of patches.
+    """
+    if sample.clip is None:
+        return
+    sizes = dict.fromkeys(sample.shape.image_sizes[place] for place in sample.shape.image_order)
+    if len({semantic_grid(size, rule) for size in sizes}) > 1:
+        shown = ", ".join(f"{width} x {height}" for height, width in sizes)
+        raise InputError(
+            f"a clip of images of several sizes: {shown}", "heads compare frames of one grid",
+            "give its images one size, or leave its source's `clips` off",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

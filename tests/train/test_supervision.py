@@ -258,6 +258,23 @@ def test_missing_targets_are_named_before_anything_is_trained(tmp_path: Path, ca
     assert "words shows no clips" in caplog.text
 
 
+class Ragged(BoxClips):
+    """Every clip has a second image of another size."""
+
+    def load(self, index: int, seed: int) -> ChatSample:
+        sample = super().load(index, seed)
+        return replace(sample, images=(sample.images[0], np.zeros((56, 112, 3), np.uint8)))
+
+
+def test_clips_of_images_of_several_sizes_are_bad_samples(tmp_path: Path) -> None:
+    config = clip_run(2, checkpoint_every=0, validate_every=0)
+    config = replace(config, guards=replace(config.guards, max_bad_scenes_share=1.0))
+    run(config, tmp_path / "run", Ragged(name="ragged"), WORDS)
+    bad = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert {own["scene"].split("/")[0] for own in bad} == {"ragged"}
+    assert "56 x 56, 112 x 56" in bad[0]["reason"]
+
+
 def test_only_what_is_named_trains(finished: Path) -> None:
     before, after = parts_of(clip_run()).model.state_dict(), load_file(finished / "model/model.safetensors")
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
