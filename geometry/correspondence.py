@@ -210,11 +210,15 @@ def _members(pixels: int, cells: int, like: Tensor) -> Tensor:
 
 
 def _depth_around(depth: Tensor, points: Tensor) -> Tensor:
-    """Depths (T, P, 4) of the pixels floor(u, v) + {0, 1}^2 around points (T, P, 2); zero outside the image."""
+    """Depths (T, P, 4) of the pixels floor(u, v) + {0, 1}^2 around points (T, P, 2).
+
+    They are zero outside the image, and where a point is not finite.
+    """
     height, width = depth.shape[-2:]
     corner = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]], dtype=points.dtype, device=points.device)
     x, y = (points.floor()[..., None, :] + corner).unbind(-1)  # (T, P, 4)
     exists = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    index = y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
+    column, row = (own.nan_to_num(0).clamp(0, last - 1).long() for own, last in ((x, width), (y, height)))
+    index = row * width + column
     found = depth.flatten(1).gather(1, index.flatten(1)).view_as(x)
     return torch.where(exists, found, 0)

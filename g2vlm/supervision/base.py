@@ -140,8 +140,8 @@ class SupervisedModel(nn.Module):
     def forward(self, *, shapes: Sequence[ClipShape | None], **inputs: Any) -> SupervisedOutput:
         """The model's forward with every supervision's taps, and the heads' predictions.
 
-        Where no sample has a shape, the heads run on the first frame of the batch, so that their weights have a gradient
-        on every process; the batch must hold at least one frame.
+        Where no sample has a shape, the heads run on the first frame of the batch, so that their weights have a
+        gradient on every process; the batch must hold at least one frame.
 
         Args:
             shapes: of each sample's targets, None for a sample without.

@@ -108,10 +108,10 @@ class TeacherTargets:
 
     @property
     def mean_distance(self) -> Tensor:
-        """() mean distance of valid points from the first camera; 1 when nothing is valid or all points are there."""
+        """() mean distance of valid finite points from the first camera; 1 without any, or when all are there."""
         points = self.world_points if self.points is None else self.points
         distance = length(points - self._present("cam_to_world")[0, :3, 3])  # (S, H, W)
-        valid = self._present("valid")
+        valid = self._present("valid") & distance.isfinite()
         mean = torch.where(valid, distance, 0).sum() / valid.sum().clamp_min(1)
         return torch.where(mean > 0, mean, 1)
 

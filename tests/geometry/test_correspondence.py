@@ -50,6 +50,15 @@ def screen_before_wall() -> Views:
     return torch.where((hit[..., :2].abs() < 0.3).all(-1), to_screen, to_wall), K, invert_rigid(cam_to_world)
 
 
+def test_a_camera_that_is_not_finite_shows_nothing() -> None:
+    depth, K, world_to_cam = screen_before_wall()
+    world_to_cam[1] = torch.nan
+    visible = grid_tracks(depth, K, world_to_cam, TrackRule()).visible
+    assert visible[0].any()
+    assert visible[2].any()
+    assert not visible[1].any()
+
+
 def test_occlusion_by_a_screen_is_exact_away_from_its_edges() -> None:
     depth, K, world_to_cam = screen_before_wall()
     cam_to_world = invert_rigid(world_to_cam)

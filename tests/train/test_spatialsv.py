@@ -18,7 +18,7 @@ from g2vlm.supervision.targets import TeacherInfo, TeacherTargets
 from tests.g2vlm.supervision.taps import of
 from tests.g2vlm.supervision.vlms import Sample
 from train.objectives.report import LossReport
-from train.objectives.spatialsv import SpatialSVConfig, SpatialSVObjective
+from train.objectives.spatialsv import MapTargets, SpatialSVConfig, SpatialSVObjective
 
 VIEWS, SIZE, STRIDE, CELL = 2, (28, 42), 2, 14
 FEATURES = TeacherFeatures(blocks=(3, 5), depth=6, dim=5)
@@ -223,6 +223,22 @@ def test_terms_weigh_as_configured_and_are_means_over_clips(room: TeacherTargets
         expected = torch.stack([clip[term][0] for clip in each]).mean()
         torch.testing.assert_close(found[f"spatialsv.{term}"].value, expected)
         assert found[f"spatialsv.{term}"].count == 2
+
+
+def test_a_view_whose_camera_is_not_finite_does_not_count(room: TeacherTargets) -> None:
+    """The others are measured in the unit that they have without it."""
+    assert room.cam_to_world is not None
+    assert room.valid is not None
+    broken, hidden = room.cam_to_world.clone(), room.valid.clone()
+    broken[1], hidden[1] = torch.nan, False
+    lost, left_out = (MapTargets.of(own, 2, normalise=True) for own in (
+        replace(room, cam_to_world=broken), replace(room, valid=hidden),
+    ))  # fmt: skip
+    assert torch.equal(lost.valid, left_out.valid)
+    assert lost.valid.any()
+    for name in ("depth", "points", "rays"):
+        ours, theirs = (getattr(own, name)[left_out.valid] for own in (lost, left_out))
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 def test_a_clip_without_a_valid_pixel_counts_nothing_and_keeps_the_graph(room: TeacherTargets) -> None:

@@ -79,7 +79,9 @@ class MapTargets:
 
     @classmethod
     def of(cls, targets: TeacherTargets, stride: int, normalise: bool) -> Self:
-        """From a teacher's depth and cameras (eq. 8 and 9); points that it predicts apart from them are not used."""
+        """From a teacher's depth and cameras (eq. 8 and 9); points that it predicts apart from them are not used, and
+        views whose camera is not finite have nothing valid.
+        """
         targets = replace(targets, points=None).in_first_camera()
         targets = targets.normalised() if normalise else targets
         assert targets.depth is not None
@@ -88,7 +90,8 @@ class MapTargets:
         assert targets.intrinsics is not None
         depth, valid = targets.depth[:, ::stride, ::stride], targets.valid[:, ::stride, ::stride]
         rays = make_ray_map(targets.cam_to_world, every(targets.intrinsics, stride), *depth.shape[1:])
-        return cls(depth, rays, points_from_rays(rays, depth), valid)
+        points = points_from_rays(rays, depth)
+        return cls(depth, rays, points, valid & points.isfinite().all(-1))
 
 
 def every(intrinsics: Tensor, stride: int) -> Tensor:
