@@ -312,8 +312,8 @@ def build_feed(
         offline, online = (None, None) if supervision is None else (supervision.offline, supervision.online)
         early, late = (None, tokens) if tokens is not None and tokens.source.online else (tokens, None)
         stream = build_stream(config, source, model, seed, supervision)
-        kept = supervision is not None or late is not None
-        dataset = PackDataset(stream, offline, early, kept, augment, mixed=mixed)
+        asked_later = bool(online) or late is not None
+        dataset = PackDataset(stream, offline, early, asked_later, augment, mixed=mixed)
         shown, points = geometry is not None, global_points and model.config.heads.global_points
         return ChatFeed(dataset, engine.rank, engine.world, online, late, geometry=shown, global_points=points)
     sampler = build_sampler(config.data, source, seed, model.config)

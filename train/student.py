@@ -175,5 +175,5 @@ class StockStudent:
         layout = StockLayout(processor, image_rule(processor, chat.images), *probes)
         stream = PackStream(source, layout, seed, chat.tokens_per_pack, chat.view_size, size=padded)
         offline, online = (None, None) if supervision is None else (supervision.offline, supervision.online)
-        dataset = StockDataset(stream, offline, clips=supervision is not None)
+        dataset = StockDataset(stream, offline, clips=bool(online))
         return StockFeed(dataset, engine.rank, engine.world, online, limits=chat.images is not None)
