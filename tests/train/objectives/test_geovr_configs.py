@@ -82,6 +82,7 @@ def test_the_released_script() -> None:
         "alignment": 1,
     }  # fmt: skip
     assert (run.optim.lr, run.optim.lr * config.lr) == (2e-5, pytest.approx(1e-4))
+    assert run.trainable == {"semantic_expert": 1, "embeddings": 1, "lm_head": 1, "merger": 1}
     assert (run.optim.weight_decay, run.optim.clip, run.schedule.kind) == (0, 1, "cosine")
     assert run.schedule.warmup == 0.03 * run.runtime.steps
     assert built(run).module.taps.hidden == (6, 14, 21, 28)
