@@ -258,6 +258,19 @@ def test_missing_targets_are_named_before_anything_is_trained(tmp_path: Path, ca
     assert "words shows no clips" in caplog.text
 
 
+class Sorted(BoxClips):
+    """Words first, and then clips."""
+
+    def load(self, index: int, seed: int) -> ChatSample:
+        return (WORDS if index < len(self) // 2 else super()).load(index, seed)
+
+
+def test_clips_are_found_behind_many_samples_without() -> None:
+    supervision = parts_of(clip_run()).supervision
+    assert supervision is not None
+    check_needs([Sorted(num_samples=100)], supervision, torch.device("cpu"))
+
+
 class Ragged(BoxClips):
     """Every clip has a second image of another size."""
 

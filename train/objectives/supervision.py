@@ -139,10 +139,11 @@ def check_needs(sources: Sequence[ChatSource], supervision: SupervisionParts, de
 
 
 def first_clip(source: ChatSource) -> ChatSample | None:
-    """The first of a source's first samples that shows a clip; None if none of them does."""
-    for index in range(min(len(source), _TRIED)):
+    """The first that shows a clip among some samples from all over a source; None if none of them does."""
+    tried = min(len(source), _TRIED)
+    for place in range(tried):
         try:
-            sample = source.load(index, 0)
+            sample = source.load(place * len(source) // tried, 0)
         except InputError:
             continue
         if shown_clip(sample) is not None:
