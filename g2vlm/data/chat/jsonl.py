@@ -22,6 +22,10 @@ from g2vlm.data.registry import unknown
 from g2vlm.errors import InputError
 from g2vlm.images import image_size, list_images, read_image
 from g2vlm.prompts import VIDEO_PROMPTS
+from g2vlm.semantic_images import smart_size
+
+CELL = 14
+"""Sides of clips are multiples of this many pixels, a patch of most networks that are asked about them."""
 
 MARK = re.compile(r"\n*<(?:image|video)>\n*")
 USER, MODEL, SYSTEM = ("human", "user"), ("gpt", "assistant"), ("system",)
@@ -37,10 +41,10 @@ class JsonlChats:
         frames: of a video, evenly spread.
         geometry: the images are also the views of a scene, without depth.
         clips: all images of a line, or the frames of its video, are of one scene: a clip for geometry tokens and
-            geometric supervision.
+            geometric supervision. It has the aspect ratio of its first image, unless it is also the views of a scene.
         video_prompt: what the first question about a video says, a key of `VIDEO_PROMPTS`.
         fps: of videos that are folders of frames; needed to say their times.
-        view_size: (H, W) of the views, which are stretched to it.
+        view_size: (H, W) of the views, which are stretched to it; its area is the largest of a clip.
 
     Raises:
         InputError: the file cannot be read, or an argument makes no sense.
@@ -90,10 +94,16 @@ class JsonlChats:
             names = [str(i) for i in range(len(images))] if row.video is None else row.video.frame_names()
             frames = [Frame(name, image) for name, image in zip(names, images, strict=True)]
             facts = SceneFacts(f"{self.lines.path.stem}/{index}" if row.video is None else row.video.name, self.name)
-            seen = assemble(frames, facts, self.view_size, "stretch")
+            seen = assemble(
+                frames, facts, self.view_size if self.geometry else self._clip_size(row.sizes[0]), "stretch"
+            )
         first, *later = row.turns
         scene, clip = seen if self.geometry else None, seen if self.clips else None
         return ChatSample(first.parts, first.answer, images, scene, f"{self.name}/{index}", "chat", tuple(later), clip)
+
+    def _clip_size(self, first: Size) -> Size:
+        """Of clips that are no views: the first image's, in whole cells, with the area of a view at most."""
+        return smart_size(first, CELL**2, self.view_size[0] * self.view_size[1], CELL)
 
     def _row(self, index: int) -> "_Row":
         place = f"{self.lines.path}:{self.lines.numbers[index]}"

@@ -181,7 +181,7 @@ def test_a_video_is_a_clip_and_so_are_images(write) -> None:
     source = write(*rows, frames=3, clips=True, view_size=(28, 42))
     sample = source.load(0, 0)
     assert sample.scene is None
-    assert sample.clip.images.shape == (3, 3, 28, 42)
+    assert sample.clip.images.shape == (3, 3, 14, 14)
     assert Clip.of(sample.clip).name == "jsonl/frames:0,6,11"
     image = source.load(1, 0).clip
     assert image.num_views == 1
@@ -189,6 +189,18 @@ def test_a_video_is_a_clip_and_so_are_images(write) -> None:
     assert write(*rows, frames=3).load(0, 0).clip is None
     both = write(asked(video="frames"), frames=3, clips=True, geometry=True, view_size=(28, 42)).load(0, 0)
     assert both.scene is both.clip
+    assert both.clip.size == (28, 42)
+
+
+def test_a_clip_keeps_the_aspect_ratio(write, tmp_path: Path) -> None:
+    """A teacher sees what the model sees; a view of the geometry encoder is stretched to the run's size."""
+    Image.new("RGB", (640, 480)).save(tmp_path / "wide.png")
+    Image.new("RGB", (240, 320)).save(tmp_path / "high.png")
+    for name, size in (("wide.png", (448, 588)), ("high.png", (322, 238))):
+        sample = write(asked(image=name), clips=True).load(0, 0)
+        assert sample.clip.size == size
+        height, width, _ = sample.images[0].shape
+        assert abs(size[0] / size[1] / (height / width) - 1) < 0.05
 
 
 @pytest.mark.parametrize(
