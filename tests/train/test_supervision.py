@@ -258,6 +258,15 @@ def test_missing_targets_are_named_before_anything_is_trained(tmp_path: Path, ca
     assert "words shows no clips" in caplog.text
 
 
+def test_clips_stay_in_the_workers_where_nobody_asks_about_them_later() -> None:
+    config, one, mixture = clip_run(), Engine(torch.device("cpu")), ChatMixture((BoxClips(),), (1.0,))
+    parts = parts_of(config)
+    feed = parts.student.feed(config, mixture, one, 0, True, parts.supervision)
+    batch = next(feed.batches(range(1), 0, 0)).batch
+    assert batch.targets[0] is not None
+    assert batch.clips == ()
+
+
 class Sorted(BoxClips):
     """Words first, and then clips."""
 
