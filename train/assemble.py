@@ -81,12 +81,17 @@ def build_objectives(config: RunConfig) -> list[Objective]:
     idle = chat is not None and chosen.language is None and not supervised
     if idle or (chosen.language is not None and chat is None):
         given, lacking = ("data.chat", "objectives.language") if chat else ("objectives.language", "data.chat")
-        raise InputError(f"{given} without {lacking}", "questions and the loss of their answers go together", "")
+        fix = "give both, or a geometric supervision such as objectives.geovr" if chat else "give data.chat.sources"
+        raise InputError(f"{given} without {lacking}", "questions and the loss of their answers go together", fix)
     objectives: list[Objective] = []
     if chosen.language is not None:
         objectives.append(LanguageObjective(chosen.language))
     if chosen.geometry is not None:
         objectives.append(GeometryObjective(chosen.geometry))
     if not objectives and not supervised:
-        raise InputError("nothing to minimise", "every objective is null", "give objectives.geometry")
+        raise InputError(
+            "nothing to minimise",
+            "every objective is null",
+            "give objectives.geometry, or questions and objectives.language",
+        )
     return objectives

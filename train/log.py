@@ -167,9 +167,10 @@ class Console:
             "data_wait": self.waited / seconds,
             "peak_memory_gb": _peak_memory(),
         }
+        counted = {name: value for name, value in result.terms.items() if result.counts[name]}
         log.info(
             "step %d/%d  loss %.4f  %s  lr %.1e  grad %.2f%s  %.1f %s/s  data %.0f%%  %.1f GB  eta %s",
-            step, self.steps, result.loss, _terms(result.terms), rate, result.grad_norm,
+            step, self.steps, result.loss, _terms(counted), rate, result.grad_norm,
             f"  {result.dropped}: dropped" if result.dropped else "", self.work / seconds, self.unit,
             100 * rates["data_wait"], rates["peak_memory_gb"], _duration((self.steps - step) * seconds / self.count),
         )  # fmt: skip

@@ -89,7 +89,7 @@ class Trainer:
         spiked = torch.zeros_like(total, dtype=torch.bool) if spike is None else total > spike
         self.engine.backward(torch.where(spiked, 0.0, 1.0) * loss)
         norm = self.engine.clip(self._parameters(), self.clip)
-        # the step's only wait for the device
+        # what a step needs the device for is waited for here, once
         values = torch.stack([total, norm.to(total), spiked.to(total), *notes, *joined.values(), *counts]).tolist()
         finite = all(torch.tensor(values[:2]).isfinite().tolist())
         if finite:

@@ -176,8 +176,8 @@ class GeoVRHeadModules(Heads):
         depth, features = None, {}
         if self.depth is not None:
             depth = self._depth([layers[layer] for layer in self.depth_layers], shape.size)
-        if shape.feature_grid is not None:
-            grid = pooled_grid(shape.feature_grid, self.teacher_pool)
+        if self.aligned:
+            grid = pooled_grid(shape.feature_grid or (1, 1), self.teacher_pool)  # heads of a clip without features too
             heads = zip(self.aligned.items(), self.alignment, strict=True)
             features = {block: head(layers[layer], grid) for (block, layer), head in heads}
         return Maps(

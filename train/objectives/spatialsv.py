@@ -6,7 +6,6 @@ Shapes: S views of a clip, H W pixels of the targets, H' W' of every n-th of the
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-import torch
 from torch import Tensor
 
 from g2vlm.errors import InputError
@@ -195,5 +194,5 @@ class SpatialSVObjective(SupervisionObjective):
         assert targets.features is not None
         height, width = features.shape[1:3]
         teacher = pool_to_grid(targets.features[self.teacher_block], (height, width))
-        known = torch.ones(features.shape[:3], dtype=torch.bool, device=features.device)
+        known = teacher.isfinite().all(-1)
         return cosine_loss(features, teacher, known), known.any().float()
