@@ -35,6 +35,7 @@ from eval.runs import output_folder, require_positive
 from eval.sources import distinct, file_name
 from eval.student import OwnModel, Student, StudentModel, open_model, require_size
 from eval.vqa_run import evaluate_vqa
+from g2vlm.chat_model import ChatModel
 from g2vlm.errors import InputError
 from g2vlm.staging import write_errors
 from g2vlm.supervision.layers import proportional_layers
@@ -150,6 +151,7 @@ def probe_model(
     Returns:
         What its `results.json` holds.
     """
+    chat = chat_of(model) if benchmark is not None and answers is None else None
     folder.mkdir(parents=True, exist_ok=True)
     setting = setting_of(model, benchmark, args)
     log.info(
@@ -164,8 +166,9 @@ def probe_model(
         append_lines(folder, ({"system": name, **asdict(room), "rmse": room.rmse} for room in one.rooms))
     found = summary(own.rooms)
     if benchmark is not None:
-        answers = asked(model, benchmark, args) if answers is None else answers
-        found |= answered(benchmark, answers, own.rooms, args.limit)
+        known = answers if chat is None else asked(chat, benchmark, args)
+        assert known is not None
+        found |= answered(benchmark, known, own.rooms, args.limit)
     constant = {CONSTANT: summary(constant_depth(own.features))}
     record = {
         "benchmark": setting.rooms.name + modified(args),
@@ -226,16 +229,22 @@ def probe(student: Student, setting: Setting) -> Probed:
 # ---------------------------------------------------------------------------------------------- answers
 
 
-def asked(model: StudentModel, benchmark: Benchmark, args: Namespace) -> dict[str, float]:
-    """Scores by question of a model that is asked now.
+def chat_of(model: StudentModel) -> ChatModel:
+    """The model as one that can be asked.
 
     Raises:
-        InputError: the model is none of ours.
+        InputError: it is none of ours.
+        CheckpointError: it has no tokenizer, or another model's.
     """
     if not isinstance(model, OwnModel):
         raise InputError(f"{model.name} cannot be asked", "--benchmark asks our own models", "give its --answers")
+    return model.pipeline.chat
+
+
+def asked(chat: ChatModel, benchmark: Benchmark, args: Namespace) -> dict[str, float]:
+    """Scores by question of a model that is asked now."""
     log.info("asking the questions of %s", benchmark.name)
-    evaluation = evaluate_vqa(model.pipeline.chat, benchmark, Conditions(args.geometry), args.limit)
+    evaluation = evaluate_vqa(chat, benchmark, Conditions(args.geometry), args.limit)
     return {reply.question.id: reply.score for reply in evaluation.replies}
 
 

@@ -16,6 +16,7 @@ from eval.probe_scores import bins, constant_depth, rank_correlation, score_room
 from eval.probe_training import ProbeConfig, share_of_lr, train_probe
 from g2vlm.checkpoint import DEMO_WEIGHTS
 from geometry.metrics.depth import depth_metrics
+from tests.g2vlm.stock_folders import stock_folder
 
 SIDE, CELLS, WIDTH = 12, 3, 16
 CONFIG = ProbeConfig(steps=80, batch=30, channels=8, lr=1e-2)
@@ -166,6 +167,19 @@ def test_a_model_is_asked_where_no_answers_are_given(tmp_path: Path, capsys: pyt
     assert code == 0
     values = json.loads((output / "results.json").read_text())["metrics"]
     assert 0 <= values["answers"] <= 100
+
+
+def test_a_stock_model_is_probed_and_asked_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _, _ = run(capsys, *SMALL, "--limit", 1, "--model", stock_folder(), "-o", tmp_path / "out")
+    assert code == 0
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(record["baselines"]) == {"constant depth", "untrained", "grey images"}
+    assert record["protocol"]["layers"] == [1, 2, 2, 3]
+    flags = (*SMALL, "--model", stock_folder(), "--benchmark", "rooms_qa", "--limit", 5)
+    code, _, err = run(capsys, *flags, "-o", tmp_path / "asked")
+    assert code == 2
+    assert "--answers" in err
+    assert not (tmp_path / "asked" / "items.jsonl").exists()  # before anything is probed
 
 
 @pytest.mark.parametrize(
