@@ -32,7 +32,7 @@ from eval.probe_scores import RoomScore, bins, constant_depth, errors_of, rank_c
 from eval.probe_training import ProbeConfig, train_probe
 from eval.records import ITEMS, append_lines, write_record
 from eval.runs import output_folder, require_positive
-from eval.sources import distinct, file_name
+from eval.sources import distinct, evenly, file_name
 from eval.student import OwnModel, Student, StudentModel, open_model, require_size
 from eval.vqa_run import evaluate_vqa
 from g2vlm.chat_model import ChatModel
@@ -320,9 +320,8 @@ def compared(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def draw(rooms: Sequence[Room], probed: Mapping[str, Probed], folder: Path, count: int) -> None:
     """Write pictures of at most `count` rooms, evenly chosen."""
     depths = {("probe" if name == MODEL else name): one.depth for name, one in probed.items()}
-    for place in np.linspace(0, len(rooms) - 1, min(max(count, 0), len(rooms))).round().astype(int):
+    for room in evenly(rooms, count):
         folder.mkdir(exist_ok=True)
-        room = rooms[place]
         images = room.images.permute(0, 2, 3, 1).numpy()
         picture = depth_picture(room.name, images, depths, probed[MODEL].features)
         save(picture, folder / file_name(room.name, ".png"))

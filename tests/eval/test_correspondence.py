@@ -14,7 +14,7 @@ from eval.correspondence import DATASETS, main
 from eval.correspondence_clips import DATASETS as KNOWN_DATASETS
 from eval.correspondence_clips import OFFSETS, Points, find_clips, points_of
 from eval.correspondence_pictures import pca_colours
-from eval.correspondence_run import Outcome, best_layer, curves, kept, metrics
+from eval.correspondence_run import Outcome, best_layer, curves, kept, metrics, run_clips
 from eval.correspondence_scores import (
     AFTER,
     ATTENTION,
@@ -32,7 +32,9 @@ from eval.correspondence_scores import (
     share_by_view,
     share_correct,
 )
+from eval.sources import evenly
 from eval.student import HeadMaps, Seen, StockModel, open_model
+from g2vlm.data.frames import SceneFacts
 from g2vlm.errors import InputError
 from g2vlm.stock.model import FAMILIES
 from g2vlm.supervision.backbones import Taps
@@ -274,8 +276,37 @@ def test_the_command_writes_numbers_charts_and_pictures(tmp_path: Path, capsys: 
             assert picture.width >= WIDTH
 
 
+class Broken:
+    """Recordings: one whose metadata cannot be read, and one without frames."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def facts(self, scene: int) -> SceneFacts:
+        if scene == 0:
+            raise InputError("damaged metadata")
+        return SceneFacts("empty", "canonical")
+
+    def frame_names(self, scene: int) -> list[str]:
+        self.facts(scene)
+        return []
+
+
+def test_broken_recordings_are_skipped_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("eval.correspondence_clips.CanonicalSource", lambda folder: Broken())
+    found = find_clips("canonical", tmp_path, 2, 8, 1)
+    assert [clip.name for clip in found.clips] == ["scene-0", "empty"]
+    outcome = run_clips(open_model(None, "cpu", None).student(84), found.clips, 84, 84)
+    assert ["damaged metadata" in outcome.skipped[0].reason, "no view" in outcome.skipped[1].reason] == [True, True]
+
+
+def test_few_are_chosen_evenly() -> None:
+    assert [evenly(range(9), count) for count in (-1, 0, 1, 3, 20)] == [[], [], [0], [0, 4, 8], [*range(9)]]
+    assert evenly([], 3) == []
+
+
 def test_the_command_on_a_stock_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    flags = ("--clips", 1, "--views", 2, "--paths", 1, "--size", 112, "--pictures", 1)
+    flags = ("--clips", 1, "--views", 2, "--paths", 1, "--size", 112, "--pictures", -1)
     code, out, _ = run(capsys, "--model", stock_folder(), *flags, "-o", tmp_path / "out")
     assert code == 0
     assert "geometric expert" not in out.split("PCK@2:")[0]
