@@ -45,10 +45,11 @@ class ShardWriter:
 
     def __init__(self, folder: Path, made_by: Mapping[str, Any], shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = folder, shard_bytes
-        self._manifest: dict[str, Any] = {"schema": SCHEMA, "made_by": dict(made_by), "shards": {}, "entries": {}}
+        maker = plain(made_by)
+        self._manifest: dict[str, Any] = {"schema": SCHEMA, "made_by": maker, "shards": {}, "entries": {}}
         if (folder / MANIFEST).is_file():
             self._manifest = read_manifest(folder)
-            require_made_by(folder, self._manifest["made_by"], made_by)
+            require_made_by(folder, self._manifest["made_by"], maker)
         self._tensors: dict[str, Tensor] = {}
         self._facts: dict[str, Mapping[str, Any]] = {}
 
@@ -123,9 +124,13 @@ class Shards:
         manifest = read_manifest(folder)
         self.made_by: dict[str, Any] = manifest["made_by"]
         self._shards, self._entries = manifest["shards"], manifest["entries"]
-        require_made_by(folder, self.made_by, made_by or {}, exactly=False)
+        require_made_by(folder, self.made_by, plain(made_by or {}), exactly=False)
         self._keys = {shard: self._header(shard) for shard in self._shards}
         self._open: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, for a process that is not forked."""
+        return {**vars(self), "_open": {}}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -193,7 +198,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     parts = [manifest.get(key) for key in ("made_by", "shards", "entries")]
     if manifest.get("schema") != SCHEMA or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"unusable {folder / MANIFEST}", f"it is not of schema {SCHEMA}", "make the folder again")
+    absent = sorted({str(entry.get("shard")) for entry in manifest["entries"].values()} - manifest["shards"].keys())
+    if absent:
+        raise CheckpointError(f"unusable {folder / MANIFEST}", f"it lists no {absent[0]}", "make the folder again")
     return manifest
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back: tuples become lists."""
+    return json.loads(json.dumps(dict(values)))
 
 
 def require_made_by(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], exactly: bool = True) -> None:
