@@ -70,13 +70,13 @@ def test_the_papers_table_6() -> None:
     rates = {
         PAPER: ("language_model", "merger", (4, 12, 20, 28), 36),
         "spatialsv_qwen2_5_vl_7b": ("language_model", "merger", (3, 10, 17, 24), 28),
-        "spatialsv": ("semantic_expert", None, (3, 10, 17, 24), 28),
+        "spatialsv": ("semantic_expert", "merger", (3, 10, 17, 24), 28),
     }
     for name, (decoder, projector, layers, num_layers) in rates.items():
         run = over(PAPER, name) if name.endswith("7b") else over(name)
         assert run.optim.lr * run.trainable[decoder] == pytest.approx(2e-7)
         assert run.optim.lr * spatialsv(run).lr == pytest.approx(1e-5)
-        assert projector is None or run.optim.lr * run.trainable[projector] == pytest.approx(1e-5)
+        assert run.optim.lr * run.trainable[projector] == pytest.approx(1e-5)
         assert spatialsv(run).heads.layers == layers == spatialsv(run).heads.layers_of(num_layers)
         own = built(run, num_layers)
         assert set(own.factors.values()) == {1.0}
