@@ -114,7 +114,7 @@ def run(args: Namespace) -> None:
     benchmark = None if args.benchmark is None else find_benchmark(args.benchmark)
     answers = read_answers(args.answers, benchmark, args.limit)
     output = output_folder(args.output, "probe")
-    names = distinct([Path(model).name if model else "demo" for model in models])
+    names = distinct([*map(short_name, models)])
     records: dict[str, dict[str, Any]] = {}
     with write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -130,6 +130,12 @@ def run(args: Namespace) -> None:
         if "spearman" in record["metrics"]:
             save(models_chart(record), output / "models.png")
     print(f"{models_table(record)}\nresults in {output}", flush=True)
+
+
+def short_name(model: str | None) -> str:
+    """Of a model in a table and as a folder: its run's, for a run keeps it in a folder `model`."""
+    path = Path(model or "demo")
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def read_answers(paths: Sequence[Path], benchmark: Benchmark | None, limit: int | None) -> list[dict[str, float]]:
@@ -309,7 +315,7 @@ def compared(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "metrics": found,
         "baselines": {},
         "models": {
-            name: {"model": own["model"], "metrics": own["metrics"], "baselines": own["baselines"]}
+            name: {key: own[key] for key in ("model", "protocol", "metrics", "baselines")}
             for name, own in records.items()
         },
         "per_item": {name: f"{name}/{ITEMS}" for name in records},

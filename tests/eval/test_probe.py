@@ -11,7 +11,9 @@ from torch import Tensor
 
 from eval.benchmarks import find_benchmark
 from eval.probe import main
+from eval.probe_commands import short_name
 from eval.probe_data import Features
+from eval.probe_report import models_table
 from eval.probe_scores import bins, constant_depth, rank_correlation, score_room, score_rooms, summary
 from eval.probe_training import ProbeConfig, share_of_lr, train_probe
 from g2vlm.checkpoint import DEMO_WEIGHTS
@@ -159,6 +161,21 @@ def test_several_models_with_their_answers(tmp_path: Path, capsys: pytest.Captur
     assert record["metrics"] == {"spearman": None}
     assert (output / "models.png").is_file()
     assert (output / "demo-2" / "bins.png").is_file()
+
+
+def test_models_are_called_as_their_runs() -> None:
+    assert [*map(short_name, ("runs/a/model", "runs/b/model/", "owner/name", None, "model"))] == [
+        "a", "b", "name", "demo", "model",
+    ]  # fmt: skip
+
+
+def test_models_that_saw_other_sizes_are_not_compared_in_silence() -> None:
+    own = {"metrics": {"rmse": 1.0, "abs_rel": 1.0, "abs_rel_scaled": 1.0}}
+    models = {str(size): {**own, "protocol": {"size": size}} for size in (84, 112)}
+    record = {"benchmark": "b", "protocol": {"about": "a"}, "metrics": {}, "models": models}
+    assert "NOT COMPARABLE: views of different sizes (84 84 px, 112 112 px)" in models_table(record)
+    models["84"]["protocol"]["size"] = 112
+    assert "NOT COMPARABLE" not in models_table(record)
 
 
 def test_a_model_is_asked_where_no_answers_are_given(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
