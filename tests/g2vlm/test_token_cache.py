@@ -117,6 +117,9 @@ def test_damage_is_named(kept: Path) -> None:
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is damaged"):
         CachedTokens(kept).shards.verify()
+    with pytest.raises(CheckpointError, match="a checksum of video-1:0,16 does not match"):
+        CachedTokens(kept).tokens(clips()[1])
+    CachedTokens(kept).tokens(clips()[0])
     shard.write_bytes(content[:-8])
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is damaged"):
         CachedTokens(kept)
@@ -124,7 +127,7 @@ def test_damage_is_named(kept: Path) -> None:
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is missing"):
         CachedTokens(kept)
     (kept / MANIFEST).write_text("{}")
-    with pytest.raises(CheckpointError, match="not of schema 1"):
+    with pytest.raises(CheckpointError, match="not of schema 2"):
         CachedTokens(kept)
     with pytest.raises(CheckpointError, match="missing"):
         CachedTokens(kept.parent)
