@@ -136,7 +136,8 @@ def _rooms(clips: int, views: int, paths: int) -> ClipSet:
     wide, walks = (RoomsSource(heldout_v1.LAW, "heldout", cameras=law) for law in (heldout_v1.CAMERAS, "smooth"))
     name = f"rooms-correspondence-{views}"
     about = (
-        f"the rooms of {heldout_v1.NAME} in {views} wide-baseline views; walks of {OFFSETS + 1} steps in the same rooms"
+        f"held-out rooms (the first {len(heldout_v1.REQUEST_SEEDS)}: those of {heldout_v1.NAME}) in {views} "
+        f"wide-baseline views; walks of {OFFSETS + 1} frames in the same rooms"
     )
 
     def clip(scene: int) -> Clip:
