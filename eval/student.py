@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -205,8 +206,13 @@ class OwnModel:
             }
 
         expert = ([*model.decoder.layers], _view_grid) if geometry == "on" else None
-        provenance, trained_size = provenance_of(self.pipeline), self.pipeline.chat.processor.view_width
-        return Student(self.name, backbone_of(model), inputs, provenance, trained_size, expert)
+        trained_size = self.pipeline.chat.processor.view_width
+        return Student(self.name, backbone_of(model), inputs, self.provenance, trained_size, expert)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Of the weights, whose files are read for it once."""
+        return provenance_of(self.pipeline)
 
     def untrained(self) -> "OwnModel":
         """As in `StudentModel`."""
@@ -288,13 +294,19 @@ class StockModel:
             }
             return {name: value.to(self.model.device) for name, value in given.items()} | {"logits_at_labels": True}
 
-        return Student(self.name, backbone_of(self.model), inputs, provenance_of(self))
+        return Student(self.name, backbone_of(self.model), inputs, self.provenance)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Of the weights, whose files are read for it once."""
+        return provenance_of(self)
 
     def untrained(self) -> "StockModel":
         """As in `StudentModel`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(UNTRAINED_SEED)
             model = type(self.model)(deepcopy(self.model.config))
+        model.config.name_or_path = ""  # its weights are no file's
         model.to(self.model.device, self.model.dtype).eval()
         return StockModel(f"{self.name}, {UNTRAINED}", model, self.processor)
 

@@ -183,11 +183,24 @@ def test_a_stock_student_sees_what_it_is_shown(family: str) -> None:
     assert shown.keys[2].before_rotary.shape == (2, side, side, 2, 16)
     assert not shown.expert
     assert list(student.provenance["checkpoint"]["files"]) == ["model.safetensors"]
+    assert not model.untrained().student(112).provenance["checkpoint"]["files"]
     first = student.see(views[:1], taps)
     assert torch.allclose(first.hidden[3][0], shown.hidden[3][0], atol=1e-4)  # views come in order, and see no later
     blind = model.student(112, blank=True)
     assert torch.equal(blind.see(views, taps).hidden[3], blind.see(255 - views, taps).hidden[3])
     assert not torch.equal(model.untrained().student(112).see(views, taps).hidden[3], shown.hidden[3])
+
+
+@pytest.mark.parametrize("model", [None, "stock"])
+def test_files_are_read_once_for_where_the_weights_come_from(
+    model: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("g2vlm.provenance.sha256", lambda file: read.append(file) or "")
+    opened = open_model(model and str(stock_folder()), "cpu", None)
+    for size in (84, 112):
+        assert opened.student(size).provenance["checkpoint"]["files"]
+    assert len(read) == 1
 
 
 def test_views_that_no_context_of_a_stock_model_holds_are_refused() -> None:
