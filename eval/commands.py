@@ -12,14 +12,14 @@ from jsonargparse import Namespace
 from eval.baselines import baseline_systems, model_system
 from eval.evaluate import MODEL, Evaluation, Scored, evaluate, require_scored
 from eval.gate import judged, require_passed
-from eval.pictures import draw, evenly
+from eval.pictures import draw
 from eval.predictions import save_prediction
 from eval.protocols import Protocol, find_protocol
 from eval.reconstructions import photo_folders, reconstruct_folders
 from eval.records import append_lines
 from eval.report import append_rows, outputs_only, results, table, write
 from eval.runs import load_named, output_folder, provenance_of, require_positive
-from eval.sources import Item, file_name, first_views, frame_items, require_folder
+from eval.sources import Item, evenly, file_name, first_views, frame_items, require_folder
 from g2vlm.data.canonical import CanonicalSource
 from g2vlm.data.rooms.heldout_v1 import SIZE, requests, source
 from g2vlm.data.seven_scenes import DepthMode, SevenScenesSource

@@ -24,7 +24,9 @@ def build_parser() -> ArgumentParser:
         prog="eval/correspondence.py",
         description=f"Match points between views by a model's layers; table, charts, pictures.\n\nexample: {EXAMPLE}",
     )
-    parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")
+    parser.add_argument(
+        "-m", "--model", help="folder (ours or a stock Qwen-VL's), hub id or preset; default: demo weights"
+    )
     parser.add_argument("--dataset", default="rooms", choices=DATASETS, help="what --data holds; rooms needs no data")
     parser.add_argument("--data", type=Path, help="folder of the dataset")
     parser.add_argument("--clips", type=int, default=32, help="views of so many scenes")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eval.protocols import ViewRule
-from eval.sources import choose_views, distinct, require_folder
+from eval.sources import choose_views, require_folder, scene_names, stretched
 from g2vlm.data.canonical import CanonicalSource
 from g2vlm.data.frames import FrameSource
 from g2vlm.data.rooms import heldout_v1
@@ -23,7 +23,6 @@ from g2vlm.data.rooms.source import RoomsSource
 from g2vlm.data.seven_scenes import SevenScenesSource
 from g2vlm.data.types import SceneSample, ViewRequest
 from g2vlm.errors import InputError
-from g2vlm.images import geometry_size
 from geometry import invert_rigid
 from geometry.correspondence import (
     VisibilityRule,
@@ -137,7 +136,8 @@ def _rooms(clips: int, views: int, paths: int) -> ClipSet:
     wide, walks = (RoomsSource(heldout_v1.LAW, "heldout", cameras=law) for law in (heldout_v1.CAMERAS, "smooth"))
     name = f"rooms-correspondence-{views}"
     about = (
-        f"the rooms of {heldout_v1.NAME} in {views} wide-baseline views; walks of {OFFSETS + 1} steps in the same rooms"
+        f"held-out rooms (the first {len(heldout_v1.REQUEST_SEEDS)}: those of {heldout_v1.NAME}) in {views} "
+        f"wide-baseline views; walks of {OFFSETS + 1} frames in the same rooms"
     )
 
     def clip(scene: int) -> Clip:
@@ -165,23 +165,20 @@ def walk(rooms: RoomsSource, scene: int, num_views: int, size: int) -> SceneSamp
 
 def _recordings(dataset: str, source: FrameSource, clips: int, views: int, paths: int) -> ClipSet:
     """Each recording's first WINDOW frames, evenly thinned, and its first OFFSETS + 1."""
-    names = distinct([source.facts(scene).name for scene in range(len(source))])
+    names = scene_names(source)
     about = f"{views} views spread over the first {WINDOW} frames of a recording; its first {OFFSETS + 1} frames"
 
-    def clip(scene: int, indices: Sequence[int]) -> Clip:
+    def clip(scene: int, count: int, last: int) -> Clip:
         def load(width: int) -> SceneSample:
-            stored = source.read_frame(scene, indices[0]).image.shape[:2]
-            return source.load_views(scene, indices, geometry_size(stored, width), fit="stretch")
+            known = range(min(last, len(source.frame_names(scene))))
+            return stretched(source, scene, choose_views(known, ViewRule(count)), width)[0]
 
         return Clip(names[scene], load)
-
-    def frames(scene: int, count: int, last: int) -> list[int]:
-        return choose_views(range(min(last, len(source.frame_names(scene)))), ViewRule(count))
 
     scenes = range(len(source))
     return ClipSet(
         f"{dataset}-correspondence-{views}",
         about,
-        [clip(scene, frames(scene, views, WINDOW)) for scene in scenes[:clips]],
-        [clip(scene, frames(scene, OFFSETS + 1, OFFSETS + 1)) for scene in scenes[:paths]],
+        [clip(scene, views, WINDOW) for scene in scenes[:clips]],
+        [clip(scene, OFFSETS + 1, OFFSETS + 1) for scene in scenes[:paths]],
     )

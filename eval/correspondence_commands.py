@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jsonargparse import Namespace
 
 from eval.correspondence_clips import MAX_CYCLE_ERROR, OFFSETS, QUERY_GRID, RULE, Clip, ClipSet, find_clips
@@ -27,7 +26,7 @@ from eval.correspondence_run import (
 from eval.correspondence_scores import AFTER, COLOUR, DISTANCES, HIDDEN, Key, Scored, share_correct
 from eval.records import ITEMS, append_lines, write_record
 from eval.runs import output_folder, require_positive
-from eval.sources import file_name
+from eval.sources import evenly, file_name
 from eval.student import Student, open_model, require_size
 from g2vlm.errors import CheckFailed, InputError
 from g2vlm.staging import write_errors
@@ -190,8 +189,7 @@ def draw(
         for series in (AFTER, HIDDEN)
         if (layer := best_layer(record["metrics"], series)) is not None
     } | {COLOUR: Key(COLOUR)}
-    places = np.linspace(0, len(outcome.clips) - 1, min(count, len(outcome.clips))).round().astype(int)
-    for scored in (outcome.clips[place] for place in places):
+    for scored in evenly(outcome.clips, count):
         folder.mkdir(exist_ok=True)
         watched = watch(student, known[scored.clip], record["protocol"]["size"], record["protocol"]["size"])
         write_matches(scored, watched, shown, folder / file_name(scored.clip, ".matches.png"))

@@ -3,7 +3,7 @@
 Shapes: T views, H W pixels, h x w cells, d width of a state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eval.correspondence_run import Watched
 from eval.correspondence_scores import DISTANCES, Key, Scored
+from eval.sources import evenly
 from g2vlm.preview import GAP, INK, LABEL_WIDTH, MARGIN, MUTED, PAGE, WIDTH, font, grid, sideways, stack
 from geometry.correspondence import cell_coordinates
 from geometry.io.common import atomic_file
@@ -110,7 +111,7 @@ def write_features(clip: str, watched: Watched, path: Path) -> None:
     """Principal components of layers' features over all views of a clip, as red, green and blue; a row per layer."""
     views = range(min(MAX_VIEWS, watched.sample.num_views))
     images = watched.sample.images.permute(0, 2, 3, 1).numpy()
-    layers = {f"layer {layer}": watched.seen.hidden[layer] for layer in evenly_spaced(list(watched.seen.hidden))}
+    layers = {f"layer {layer}": watched.seen.hidden[layer] for layer in evenly(list(watched.seen.hidden), MAX_LAYERS)}
     if watched.seen.expert:
         last = max(watched.seen.expert)
         layers[f"expert, block {last}"] = watched.seen.expert[last]
@@ -121,12 +122,6 @@ def write_features(clip: str, watched: Watched, path: Path) -> None:
     rows, columns = ["input", *layers], [f"view {view + 1}" for view in views]
     title = f"{clip}: three main directions of the features of all views, as red, green and blue"
     _save(stack([_heading(title), grid(cells, [[None] * len(columns)] * len(rows), rows, columns)]), path)
-
-
-def evenly_spaced(layers: Sequence[int], count: int = MAX_LAYERS) -> list[int]:
-    """At most `count` of the layers, the first and the last among them."""
-    places = np.linspace(0, len(layers) - 1, min(count, len(layers))).round().astype(int)
-    return [layers[place] for place in places]
 
 
 def pca_colours(states: Tensor) -> np.ndarray:

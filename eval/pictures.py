@@ -38,12 +38,6 @@ def draw(items: Sequence[Item], pipeline: Pipeline, protocol: Protocol, folder: 
     return paths
 
 
-def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` items, evenly spread."""
-    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[i] for i in chosen]
-
-
 def predicted_scene(prediction: GeometryPrediction, sample: SceneSample, scale: float, model: str) -> Scene:
     """A prediction as a scene, in units of the truth when `scale` is finite."""
     known = np.isfinite(scale) and scale > 0

@@ -23,7 +23,9 @@ def build_parser() -> ArgumentParser:
         prog="eval/probe.py",
         description=f"Train a depth head on a frozen model's layers; table, charts, pictures.\n\nexample: {EXAMPLE}",
     )
-    parser.add_argument("-m", "--model", help="model folder, hub id or preset; default: the demo weights")
+    parser.add_argument(
+        "-m", "--model", help="folder (ours or a stock Qwen-VL's), hub id or preset; default: demo weights"
+    )
     parser.add_argument("--models", nargs="+", default=[], help="several instead: one table, and rank correlation")
     parser.add_argument(
         "--layers", type=int, nargs=4, help="numbered as hidden_states; default: at the depths of GeoVR"

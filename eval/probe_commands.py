@@ -32,9 +32,10 @@ from eval.probe_scores import RoomScore, bins, constant_depth, errors_of, rank_c
 from eval.probe_training import ProbeConfig, train_probe
 from eval.records import ITEMS, append_lines, write_record
 from eval.runs import output_folder, require_positive
-from eval.sources import distinct, file_name
+from eval.sources import distinct, evenly, file_name
 from eval.student import OwnModel, Student, StudentModel, open_model, require_size
 from eval.vqa_run import evaluate_vqa
+from g2vlm.chat_model import ChatModel
 from g2vlm.errors import InputError
 from g2vlm.staging import write_errors
 from g2vlm.supervision.layers import proportional_layers
@@ -113,7 +114,7 @@ def run(args: Namespace) -> None:
     benchmark = None if args.benchmark is None else find_benchmark(args.benchmark)
     answers = read_answers(args.answers, benchmark, args.limit)
     output = output_folder(args.output, "probe")
-    names = distinct([Path(model).name if model else "demo" for model in models])
+    names = distinct([*map(short_name, models)])
     records: dict[str, dict[str, Any]] = {}
     with write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -129,6 +130,12 @@ def run(args: Namespace) -> None:
         if "spearman" in record["metrics"]:
             save(models_chart(record), output / "models.png")
     print(f"{models_table(record)}\nresults in {output}", flush=True)
+
+
+def short_name(model: str | None) -> str:
+    """Of a model in a table and as a folder: its run's, for a run keeps it in a folder `model`."""
+    path = Path(model or "demo")
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def read_answers(paths: Sequence[Path], benchmark: Benchmark | None, limit: int | None) -> list[dict[str, float]]:
@@ -150,6 +157,7 @@ def probe_model(
     Returns:
         What its `results.json` holds.
     """
+    chat = chat_of(model) if benchmark is not None and answers is None else None
     folder.mkdir(parents=True, exist_ok=True)
     setting = setting_of(model, benchmark, args)
     log.info(
@@ -164,8 +172,9 @@ def probe_model(
         append_lines(folder, ({"system": name, **asdict(room), "rmse": room.rmse} for room in one.rooms))
     found = summary(own.rooms)
     if benchmark is not None:
-        answers = asked(model, benchmark, args) if answers is None else answers
-        found |= answered(benchmark, answers, own.rooms, args.limit)
+        known = answers if chat is None else asked(chat, benchmark, args)
+        assert known is not None
+        found |= answered(benchmark, known, own.rooms, args.limit)
     constant = {CONSTANT: summary(constant_depth(own.features))}
     record = {
         "benchmark": setting.rooms.name + modified(args),
@@ -226,16 +235,22 @@ def probe(student: Student, setting: Setting) -> Probed:
 # ---------------------------------------------------------------------------------------------- answers
 
 
-def asked(model: StudentModel, benchmark: Benchmark, args: Namespace) -> dict[str, float]:
-    """Scores by question of a model that is asked now.
+def chat_of(model: StudentModel) -> ChatModel:
+    """The model as one that can be asked.
 
     Raises:
-        InputError: the model is none of ours.
+        InputError: it is none of ours.
+        CheckpointError: it has no tokenizer, or another model's.
     """
     if not isinstance(model, OwnModel):
         raise InputError(f"{model.name} cannot be asked", "--benchmark asks our own models", "give its --answers")
+    return model.pipeline.chat
+
+
+def asked(chat: ChatModel, benchmark: Benchmark, args: Namespace) -> dict[str, float]:
+    """Scores by question of a model that is asked now."""
     log.info("asking the questions of %s", benchmark.name)
-    evaluation = evaluate_vqa(model.pipeline.chat, benchmark, Conditions(args.geometry), args.limit)
+    evaluation = evaluate_vqa(chat, benchmark, Conditions(args.geometry), args.limit)
     return {reply.question.id: reply.score for reply in evaluation.replies}
 
 
@@ -300,7 +315,7 @@ def compared(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "metrics": found,
         "baselines": {},
         "models": {
-            name: {"model": own["model"], "metrics": own["metrics"], "baselines": own["baselines"]}
+            name: {key: own[key] for key in ("model", "protocol", "metrics", "baselines")}
             for name, own in records.items()
         },
         "per_item": {name: f"{name}/{ITEMS}" for name in records},
@@ -311,9 +326,8 @@ def compared(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def draw(rooms: Sequence[Room], probed: Mapping[str, Probed], folder: Path, count: int) -> None:
     """Write pictures of at most `count` rooms, evenly chosen."""
     depths = {("probe" if name == MODEL else name): one.depth for name, one in probed.items()}
-    for place in np.linspace(0, len(rooms) - 1, min(max(count, 0), len(rooms))).round().astype(int):
+    for room in evenly(rooms, count):
         folder.mkdir(exist_ok=True)
-        room = rooms[place]
         images = room.images.permute(0, 2, 3, 1).numpy()
         picture = depth_picture(room.name, images, depths, probed[MODEL].features)
         save(picture, folder / file_name(room.name, ".png"))

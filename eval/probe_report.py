@@ -128,10 +128,15 @@ def _model_rows(record: Mapping[str, Any]) -> list[list[str]]:
 
 def _model_notes(record: Mapping[str, Any]) -> list[str]:
     value = record["metrics"].get("spearman")
+    told = "" if value is None else f"{value:+.2f}" if np.isfinite(value) else "needs three models that differ"
+    notes = [f"Spearman correlation of RMSE and answers over {len(record['models'])} models: {told}"]
     if value is None:
-        return ["no answers were given or asked for (--answers, --benchmark): no correlation"]
-    told = "needs three models that differ" if not np.isfinite(value) else f"{value:+.2f}"
-    return [f"Spearman correlation of RMSE and answers over {len(record['models'])} models: {told}"]
+        notes = ["no answers were given or asked for (--answers, --benchmark): no correlation"]
+    sizes = {name: own["protocol"]["size"] for name, own in record["models"].items()}
+    if len({*sizes.values()}) > 1:
+        listed = ", ".join(f"{name} {size} px" for name, size in sizes.items())
+        notes.append(f"NOT COMPARABLE: views of different sizes ({listed}); give one --size")
+    return notes
 
 
 # ---------------------------------------------------------------------------------------------- charts

@@ -2,9 +2,10 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from g2vlm.config import PRESETS
@@ -17,6 +18,20 @@ disable_progress_bar()
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Named(Protocol):
+    """A model of transformers under the name that results give it."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """With its folder in `config.name_or_path`."""
+        ...
+
+
 def load_named(model: str | None, device: str, dtype: str | None) -> Pipeline:
     """The model, by default the demo weights, under the name that results give it; random weights are named so."""
     pipeline = load(model, device, None if dtype is None else getattr(torch, dtype))
@@ -27,9 +42,9 @@ def load_named(model: str | None, device: str, dtype: str | None) -> Pipeline:
     return pipeline
 
 
-def provenance_of(pipeline: Pipeline) -> dict[str, Any]:
+def provenance_of(named: Named) -> dict[str, Any]:
     """The checkpoint and the commit that the numbers come from."""
-    return {"checkpoint": describe_checkpoint(pipeline.model, pipeline.name), "commit": commit_of(ROOT)}
+    return {"checkpoint": describe_checkpoint(named.model, named.name), "commit": commit_of(ROOT)}
 
 
 def require_positive(name: str, value: int | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from g2vlm.data.types import SceneSample
 from g2vlm.errors import InputError
 from g2vlm.images import geometry_size
 from geometry import resize_intrinsics
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,37 @@ def frame_items(source: FrameSource, protocol: Protocol) -> list[Item]:
 
     def load(scene: int) -> SceneSample:
         indices = choose_views(frame_numbers(source.frame_names(scene)), protocol.views)
-        if not indices:
-            raise InputError(f"no view in scene  {source.facts(scene).name}", "it has no frames", "leave it out")
-        stored = source.read_frame(scene, indices[0]).image.shape[:2]
-        sample = source.load_views(scene, indices, geometry_size(stored, protocol.width or stored[1]), fit="stretch")
+        sample, stored = stretched(source, scene, indices, protocol.width)
         return sample if protocol.intrinsics == "exact" else with_one_factor(sample, stored)
 
-    names = distinct([_name(source, scene) for scene in range(len(source))])
-    return [Item(name, lambda scene=scene: load(scene)) for scene, name in enumerate(names)]
+    return [Item(name, lambda scene=scene: load(scene)) for scene, name in enumerate(scene_names(source))]
 
 
-def _name(source: FrameSource, scene: int) -> str:
-    """A scene's name; its position where its metadata cannot be read, which `load` will report."""
-    try:
-        return source.facts(scene).name
-    except InputError:
-        return f"scene-{scene}"
+def stretched(
+    source: FrameSource, scene: int, indices: Sequence[int], width: int | None
+) -> tuple[SceneSample, tuple[int, int]]:
+    """Frames of a scene stretched to a width (None: their own), and the size (H, W) that the first is stored in.
+
+    Raises:
+        InputError: no frames, or one that cannot be read.
+    """
+    if not indices:
+        raise InputError(f"no view in scene  {source.facts(scene).name}", "it has no frames", "leave it out")
+    height, stored_width = source.read_frame(scene, indices[0]).image.shape[:2]
+    size = geometry_size((height, stored_width), width or stored_width)
+    return source.load_views(scene, indices, size, fit="stretch"), (height, stored_width)
+
+
+def scene_names(source: FrameSource) -> list[str]:
+    """Of all scenes, each another; positions where metadata cannot be read, which loading will report."""
+
+    def name(scene: int) -> str:
+        try:
+            return source.facts(scene).name
+        except InputError:
+            return f"scene-{scene}"
+
+    return distinct([name(scene) for scene in range(len(source))])
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -56,6 +74,14 @@ def distinct(names: Sequence[str]) -> list[str]:
         seen[name] += 1
         chosen.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return chosen
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` items, evenly spread, the first and the last among them; none for a count below one."""
+    if count < 1:
+        return []
+    last, shown = len(items) - 1, min(count, len(items))
+    return [items[place] for place in torch.linspace(0, last, shown, dtype=torch.float64).round().int().tolist()]
 
 
 def file_name(item: str, suffix: str) -> str:

@@ -3,9 +3,13 @@
 Shapes: S views, H W pixels, h x w tokens of a view, d width, N query heads, M key heads, K width of a head.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -16,6 +20,7 @@ from eval.runs import load_named, provenance_of
 from g2vlm.asking import look
 from g2vlm.chat_model import ChatModel
 from g2vlm.checkpoint import random_model
+from g2vlm.data.chat.types import ChatShape, ImageAt, Turn
 from g2vlm.data.qa.showing import blank_views
 from g2vlm.errors import InputError, ResourceError
 from g2vlm.images import from_memory
@@ -23,11 +28,14 @@ from g2vlm.model.recorder import Recorder
 from g2vlm.pipeline import Pipeline
 from g2vlm.processing import normalise_views, sequence_builder
 from g2vlm.processor import G2VLMProcessor
-from g2vlm.semantic_images import SemanticRule
-from g2vlm.sequence import Grid
+from g2vlm.semantic_images import SemanticRule, semantic_pixels
+from g2vlm.sequence import IGNORED, Grid
+from g2vlm.stock.layout import StockLayout
+from g2vlm.stock.model import image_rule, is_stock, load_processor, load_stock
 from g2vlm.supervision.backbones import Backbone, HeadStates, Taps, backbone_of, clip
 from g2vlm.supervision.backbones.base import PerSample
 
+log = logging.getLogger(__name__)
 Geometry = Literal["on", "off"]
 SMALLEST = 28
 """Side in pixels of a semantic token of our own model."""
@@ -150,12 +158,14 @@ class StudentModel(Protocol):
 
 
 def open_model(model: str | None, device: str, dtype: str | None) -> StudentModel:
-    """Load a model: folder, hub id or preset; by default the demo weights.
+    """Load a model: folder (ours, or a stock Qwen-VL's), hub id or preset; by default the demo weights.
 
     Raises:
-        CheckpointError: as `g2vlm.pipeline.load`.
+        CheckpointError: as `g2vlm.pipeline.load`, or as `load_stock` of a stock Qwen-VL's folder.
         InputError: there is no such model.
     """
+    if model is not None and is_stock(model):
+        return StockModel.load(Path(model), device, dtype)
     return OwnModel(load_named(model, device, dtype))
 
 
@@ -196,8 +206,13 @@ class OwnModel:
             }
 
         expert = ([*model.decoder.layers], _view_grid) if geometry == "on" else None
-        provenance, trained_size = provenance_of(self.pipeline), self.pipeline.chat.processor.view_width
-        return Student(self.name, backbone_of(model), inputs, provenance, trained_size, expert)
+        trained_size = self.pipeline.chat.processor.view_width
+        return Student(self.name, backbone_of(model), inputs, self.provenance, trained_size, expert)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Of the weights, whose files are read for it once."""
+        return provenance_of(self.pipeline)
 
     def untrained(self) -> "OwnModel":
         """As in `StudentModel`."""
@@ -225,6 +240,82 @@ def widened(rule: SemanticRule, size: int) -> SemanticRule:
 
 def _view_grid(inputs: Mapping[str, Any]) -> Grid:
     return inputs["sequence"].view_grids[0][0]
+
+
+# ---------------------------------------------------------------------------------------------- stock models
+
+
+@dataclass(frozen=True, eq=False)
+class StockModel:
+    """A stock Qwen-VL: views are the images that its chat template opens a user's turn with; no question follows.
+
+    Every view is an image, never a step of a video, so that a grid of tokens is one view. The processor's limits of
+    the area are widened to the views.
+
+    Args:
+        name: of its folder.
+        model: of transformers.
+        processor: of the same folder.
+    """
+
+    name: str
+    model: Any
+    processor: Any
+
+    @classmethod
+    def load(cls, folder: Path, device: str, dtype: str | None) -> "StockModel":
+        """From a folder; errors as of `load_stock` and `load_processor`."""
+        precision = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+        model = load_stock(folder, getattr(torch, precision)).eval().to(device)
+        log.info("model %s, a stock %s", folder, model.config.model_type)
+        return cls(str(folder), model, load_processor(folder, model.config))
+
+    def student(self, size: int, geometry: Geometry = "on", blank: bool = False) -> Student:
+        """As in `StudentModel`; there is no geometry encoder that `geometry` could switch.
+
+        Raises:
+            CheckpointError: a processor without a chat template, or whose patches are no Qwen-VL's.
+        """
+        layout = StockLayout(self.processor, widened(image_rule(self.processor, None), size))
+
+        def inputs(images: Tensor) -> Mapping[str, Any]:
+            shown = (blank_views(images) if blank else images).permute(0, 2, 3, 1).cpu().numpy()
+            places = tuple(map(ImageAt, range(len(shown))))
+            ids = torch.tensor([layout.row(ChatShape((Turn(places, None),), (shown.shape[1:3],) * len(shown))).ids])
+            require_fit(ids.shape[1], self.model.config.get_text_config().max_position_embeddings)
+            pixels, grids = semantic_pixels([*shown], layout.rule)
+            given = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "mm_token_type_ids": (ids == self.processor.image_token_id).int(),
+                "pixel_values": torch.from_numpy(pixels),
+                "image_grid_thw": torch.from_numpy(grids),
+                "labels": torch.full_like(ids, IGNORED),
+            }
+            return {name: value.to(self.model.device) for name, value in given.items()} | {"logits_at_labels": True}
+
+        return Student(self.name, backbone_of(self.model), inputs, self.provenance)
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Of the weights, whose files are read for it once."""
+        return provenance_of(self)
+
+    def untrained(self) -> "StockModel":
+        """As in `StudentModel`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(UNTRAINED_SEED)
+            model = type(self.model)(deepcopy(self.model.config))
+        model.config.name_or_path = ""  # its weights are no file's
+        model.to(self.model.device, self.model.dtype).eval()
+        return StockModel(f"{self.name}, {UNTRAINED}", model, self.processor)
+
+
+def require_fit(num_tokens: int, context: int) -> None:
+    """Raise InputError if views have more tokens than a context."""
+    if num_tokens > context:
+        why = f"{num_tokens:,} tokens; the context has {context:,}"
+        raise InputError("the views do not fit into the context", why, "use fewer --views or a smaller --size")
 
 
 def require_size(name: str, size: int | None) -> None:

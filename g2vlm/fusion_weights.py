@@ -97,7 +97,12 @@ def load_fusion(model: nn.Module, folder: Path) -> FusedModel:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"unusable {folder / RECORD}", str(error), "copy both files again") from None
     _require_widths(folder, record, fusion)
-    expected = _own(model, fusion, record["modules"])
+    try:
+        expected = _own(model, fusion, record["modules"])
+    except InputError as error:
+        raise CheckpointError(
+            f"the fusion of {folder} is for another model", error.what, "load the model it was trained on"
+        ) from None
     _require_intact(file, record, expected)
     stored = load_file(file)
     with torch.no_grad():

@@ -4,7 +4,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from transformers import PreTrainedModel
+
 from g2vlm.weights import sha256, weight_files
 
 
@@ -20,7 +21,7 @@ def commit_of(root: Path) -> dict[str, Any] | None:
     return {"hash": commit.strip(), "dirty": bool(status.strip())}
 
 
-def describe_checkpoint(model: G2VLMForConditionalGeneration, name: str) -> dict[str, Any]:
+def describe_checkpoint(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """What identifies a loaded model: its name, the SHA-256 of each weight file (as `sha256sum` prints it), its config.
 
     A model with random weights has no file: `files` is empty.

@@ -13,9 +13,10 @@ from g2vlm.config import PRESETS, G2VLMConfig
 from g2vlm.errors import InputError
 from g2vlm.fusion_config import FusionConfig
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.stock.model import is_stock, load_stock
 from train.config import RunConfig
 from train.lora import add_adapters, peft_settings
-from train.stock.model import PROJECTIONS, is_stock, load_stock
+from train.stock.model import PROJECTIONS
 from train.student import OurStudent, StockStudent, Student
 
 

@@ -11,6 +11,8 @@ from torch import nn
 from g2vlm.data.types import SceneSource
 from g2vlm.errors import InputError
 from g2vlm.model.g2vlm import G2VLMForConditionalGeneration
+from g2vlm.stock.layout import StockLayout
+from g2vlm.stock.model import image_rule, load_processor
 from g2vlm.supervision.backbones import Backbone
 from g2vlm.supervision.base import SupervisedModel, Supervision
 from train.config import RunConfig
@@ -21,9 +23,8 @@ from train.packing import ChatMixture, PackStream
 from train.state import OURS, ModelFiles
 from train.stock.batch import padded
 from train.stock.feed import StockDataset, StockFeed
-from train.stock.layout import StockLayout
 from train.stock.model import GROUPS as STOCK_GROUPS
-from train.stock.model import StockFiles, image_rule, load_processor, recompute_activations
+from train.stock.model import StockFiles, recompute_activations
 from train.tokens import GivenTokens, given_tokens
 from train.trainable import GROUPS, checkpoint_activations
 

@@ -14,7 +14,7 @@ from eval.correspondence import DATASETS, main
 from eval.correspondence_clips import DATASETS as KNOWN_DATASETS
 from eval.correspondence_clips import OFFSETS, Points, find_clips, points_of
 from eval.correspondence_pictures import pca_colours
-from eval.correspondence_run import Outcome, best_layer, curves, kept, metrics
+from eval.correspondence_run import Outcome, best_layer, curves, kept, metrics, run_clips
 from eval.correspondence_scores import (
     AFTER,
     ATTENTION,
@@ -32,12 +32,17 @@ from eval.correspondence_scores import (
     share_by_view,
     share_correct,
 )
-from eval.student import HeadMaps, Seen, open_model
+from eval.sources import evenly
+from eval.student import HeadMaps, Seen, StockModel, open_model
+from g2vlm.data.frames import SceneFacts
+from g2vlm.errors import InputError
+from g2vlm.stock.model import FAMILIES
 from g2vlm.supervision.backbones import Taps
 from geometry import apply_rigid, unproject
 from geometry.correspondence import grid_pixels
 from geometry.losses.features import pool_to_grid
 from geometry.metrics.matching import match_metrics
+from tests.g2vlm.stock_folders import stock_folder
 
 SIDE, CELLS, VIEWS = 112, 8, 4
 FILES = {"results.json", "items.jsonl", "report.md", "run.json", "pck.png", "confidence.png", "walk.png", "kept.png"}
@@ -166,6 +171,46 @@ def test_the_student_sees_what_it_is_shown() -> None:
     assert not torch.equal(model.untrained().student(84).see(views, taps).hidden[4], shown.hidden[4])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_student_sees_what_it_is_shown(family: str) -> None:
+    model = open_model(str(stock_folder(family)), "cpu", None)
+    views = find_clips("rooms", None, 1, 2, 0).clips[0].load(112).images
+    taps = Taps(hidden=(0, 3), attention=(2,))
+    student, side = model.student(112), 3 if family == "qwen3_vl" else 4
+    shown = student.see(views, taps, with_expert=True)
+    assert shown.hidden[3].shape == (2, side, side, 64)
+    assert shown.queries[2].after_rotary.shape == (2, side, side, 4, 16)
+    assert shown.keys[2].before_rotary.shape == (2, side, side, 2, 16)
+    assert not shown.expert
+    assert list(student.provenance["checkpoint"]["files"]) == ["model.safetensors"]
+    assert not model.untrained().student(112).provenance["checkpoint"]["files"]
+    first = student.see(views[:1], taps)
+    assert torch.allclose(first.hidden[3][0], shown.hidden[3][0], atol=1e-4)  # views come in order, and see no later
+    blind = model.student(112, blank=True)
+    assert torch.equal(blind.see(views, taps).hidden[3], blind.see(255 - views, taps).hidden[3])
+    assert not torch.equal(model.untrained().student(112).see(views, taps).hidden[3], shown.hidden[3])
+
+
+@pytest.mark.parametrize("model", [None, "stock"])
+def test_files_are_read_once_for_where_the_weights_come_from(
+    model: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("g2vlm.provenance.sha256", lambda file: read.append(file) or "")
+    opened = open_model(model and str(stock_folder()), "cpu", None)
+    for size in (84, 112):
+        assert opened.student(size).provenance["checkpoint"]["files"]
+    assert len(read) == 1
+
+
+def test_views_that_no_context_of_a_stock_model_holds_are_refused() -> None:
+    model = open_model(str(stock_folder()), "cpu", None)
+    assert isinstance(model, StockModel)
+    model.model.config.get_text_config().max_position_embeddings = 40
+    with pytest.raises(InputError, match="do not fit"):
+        model.student(112).see(torch.zeros(2, 3, 112, 112, dtype=torch.uint8), Taps(hidden=(1,)))
+
+
 def test_a_walk_is_scored_by_its_steps_whatever_its_length() -> None:
     points, orders = shuffled_points()
     whole = scored_with(identities(orders, 1), identities(orders, 1), points)
@@ -242,6 +287,45 @@ def test_the_command_writes_numbers_charts_and_pictures(tmp_path: Path, capsys: 
     for path in [*output.glob("*.png"), *(output / "pictures").iterdir()]:
         with Image.open(path) as picture:
             assert picture.width >= WIDTH
+
+
+class Broken:
+    """Recordings: one whose metadata cannot be read, and one without frames."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def facts(self, scene: int) -> SceneFacts:
+        if scene == 0:
+            raise InputError("damaged metadata")
+        return SceneFacts("empty", "canonical")
+
+    def frame_names(self, scene: int) -> list[str]:
+        self.facts(scene)
+        return []
+
+
+def test_broken_recordings_are_skipped_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("eval.correspondence_clips.CanonicalSource", lambda folder: Broken())
+    found = find_clips("canonical", tmp_path, 2, 8, 1)
+    assert [clip.name for clip in found.clips] == ["scene-0", "empty"]
+    outcome = run_clips(open_model(None, "cpu", None).student(84), found.clips, 84, 84)
+    assert ["damaged metadata" in outcome.skipped[0].reason, "no view" in outcome.skipped[1].reason] == [True, True]
+
+
+def test_few_are_chosen_evenly() -> None:
+    assert [evenly(range(9), count) for count in (-1, 0, 1, 3, 20)] == [[], [], [0], [0, 4, 8], [*range(9)]]
+    assert evenly([], 3) == []
+
+
+def test_the_command_on_a_stock_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ("--clips", 1, "--views", 2, "--paths", 1, "--size", 112, "--pictures", -1)
+    code, out, _ = run(capsys, "--model", stock_folder(), *flags, "-o", tmp_path / "out")
+    assert code == 0
+    assert "geometric expert" not in out.split("PCK@2:")[0]
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["protocol"]["grids"] == {"112": [4, 4]}
+    assert {f"pck2/{series}/3" for series in (AFTER, BEFORE, HIDDEN)} <= set(record["metrics"])
 
 
 WRONG = (("--size", 100), ("--views", 1), ("--clips", 0), ("--paths", -1), ("--data", "x"), ("--dataset", "canonical"))

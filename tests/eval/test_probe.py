@@ -11,11 +11,14 @@ from torch import Tensor
 
 from eval.benchmarks import find_benchmark
 from eval.probe import main
+from eval.probe_commands import short_name
 from eval.probe_data import Features
+from eval.probe_report import models_table
 from eval.probe_scores import bins, constant_depth, rank_correlation, score_room, score_rooms, summary
 from eval.probe_training import ProbeConfig, share_of_lr, train_probe
 from g2vlm.checkpoint import DEMO_WEIGHTS
 from geometry.metrics.depth import depth_metrics
+from tests.g2vlm.stock_folders import stock_folder
 
 SIDE, CELLS, WIDTH = 12, 3, 16
 CONFIG = ProbeConfig(steps=80, batch=30, channels=8, lr=1e-2)
@@ -160,12 +163,40 @@ def test_several_models_with_their_answers(tmp_path: Path, capsys: pytest.Captur
     assert (output / "demo-2" / "bins.png").is_file()
 
 
+def test_models_are_called_as_their_runs() -> None:
+    assert [*map(short_name, ("runs/a/model", "runs/b/model/", "owner/name", None, "model"))] == [
+        "a", "b", "name", "demo", "model",
+    ]  # fmt: skip
+
+
+def test_models_that_saw_other_sizes_are_not_compared_in_silence() -> None:
+    own = {"metrics": {"rmse": 1.0, "abs_rel": 1.0, "abs_rel_scaled": 1.0}}
+    models = {str(size): {**own, "protocol": {"size": size}} for size in (84, 112)}
+    record = {"benchmark": "b", "protocol": {"about": "a"}, "metrics": {}, "models": models}
+    assert "NOT COMPARABLE: views of different sizes (84 84 px, 112 112 px)" in models_table(record)
+    models["84"]["protocol"]["size"] = 112
+    assert "NOT COMPARABLE" not in models_table(record)
+
+
 def test_a_model_is_asked_where_no_answers_are_given(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "out"
     code, _, _ = run(capsys, *SMALL, "--benchmark", "rooms_qa", "--limit", 5, "--no-baselines", "-o", output)
     assert code == 0
     values = json.loads((output / "results.json").read_text())["metrics"]
     assert 0 <= values["answers"] <= 100
+
+
+def test_a_stock_model_is_probed_and_asked_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _, _ = run(capsys, *SMALL, "--limit", 1, "--model", stock_folder(), "-o", tmp_path / "out")
+    assert code == 0
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(record["baselines"]) == {"constant depth", "untrained", "grey images"}
+    assert record["protocol"]["layers"] == [1, 2, 2, 3]
+    flags = (*SMALL, "--model", stock_folder(), "--benchmark", "rooms_qa", "--limit", 5)
+    code, _, err = run(capsys, *flags, "-o", tmp_path / "asked")
+    assert code == 2
+    assert "--answers" in err
+    assert not (tmp_path / "asked" / "items.jsonl").exists()  # before anything is probed
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "unknown place": (lambda f: recorded(f, place="here"), "schema, place or training_prompt"),
     "no widths": (lambda f: recorded(f, visual_dim=None), "visual_dim is not as"),
     "heads that do not fit": (lambda f: recorded(f, config={"source": "given", "head_dim": 48}), "do not fill 64"),
+    "unknown module": (lambda f: recorded(f, modules=["model.resampler"]), "the model has no module model.resampler"),
     "own tokens": (lambda f: recorded(f, config={}), "a stock model's tokens are given"),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Geometry tokens on disk and from teachers: what is read is what was computed, and nothing is missed in silence."""
 
 import json
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ def test_damage_is_named(kept: Path) -> None:
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is damaged"):
         CachedTokens(kept).shards.verify()
+    with pytest.raises(CheckpointError, match="a checksum of video-1:0,16 does not match"):
+        CachedTokens(kept).tokens(clips()[1])
+    CachedTokens(kept).tokens(clips()[0])
     shard.write_bytes(content[:-8])
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is damaged"):
         CachedTokens(kept)
@@ -123,7 +127,7 @@ def test_damage_is_named(kept: Path) -> None:
     with pytest.raises(CheckpointError, match=r"shard-00001.safetensors is missing"):
         CachedTokens(kept)
     (kept / MANIFEST).write_text("{}")
-    with pytest.raises(CheckpointError, match="not of schema 1"):
+    with pytest.raises(CheckpointError, match="not of schema 2"):
         CachedTokens(kept)
     with pytest.raises(CheckpointError, match="missing"):
         CachedTokens(kept.parent)
@@ -136,6 +140,27 @@ def test_a_shard_without_what_the_manifest_says(kept: Path) -> None:
     (kept / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="lacks video-0:0,16"):
         CachedTokens(kept).tokens(clips()[0])
+
+
+def test_a_manifest_whose_entries_are_in_no_shard_of_it(kept: Path) -> None:
+    manifest = json.loads((kept / MANIFEST).read_text())
+    del manifest["shards"]["shard-00001.safetensors"]
+    (kept / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"lists no shard-00001.safetensors"):
+        CachedTokens(kept)
+
+
+def test_another_process_opens_files_of_its_own(kept: Path) -> None:
+    source, clip = CachedTokens(kept), clips()[0]
+    found = source.tokens(clip)
+    moved = pickle.loads(pickle.dumps(source)).tokens(clip)
+    assert all(map(torch.equal, found.frames("frame"), moved.frames("frame")))
+
+
+def test_what_made_tokens_is_the_same_when_it_is_asked_again(tmp_path: Path) -> None:
+    for made in (1, 0):
+        assert write_tokens(tmp_path, Counted(), clips(1), {"size": (28, 42)}) == made
+    assert CachedTokens(tmp_path, {"size": (28, 42)}).token_dim == 32
 
 
 def test_other_groups_are_no_tokens(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from g2vlm.data.chat import registry
 from train.config import RunConfig, load_config, parse, save_config
+from train.stock.model import GROUPS
 
 FOLDER = Path(__file__).parents[2] / "configs/extensions"
 PAPER, TINY = FOLDER / "gasp.yaml", FOLDER / "tiny_gasp.yaml"
@@ -46,6 +47,13 @@ def test_paper_values() -> None:
     assert (chat.sources[0].options["frames"], chat.sources[0].options["window"]) == ([8, 24], 48)
     assert config.runtime.gradient_checkpointing
     assert gasp == type(gasp)()  # the defaults, written out
+
+
+def test_the_papers_model() -> None:
+    plain = load_config(PAPER)
+    run = parse(["--config", str(PAPER), "--config", str(FOLDER / "gasp_qwen2_5_vl_7b.yaml")])[0]
+    assert run.trainable.keys() <= GROUPS.keys()
+    assert replace(run, model=plain.model, trainable=plain.trainable) == plain
 
 
 def test_tables_4_and_1() -> None:

@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.semantic_images import SemanticRule
+from g2vlm.stock.model import FAMILIES, load_stock
 from g2vlm.supervision.saved import saved_names
 from g2vlm.weights import WeightFiles, read_json
+from tests.g2vlm.stock_folders import stock_folder
 from tests.train.chats import COLOURS, Colours
 from tests.train.clips import GEOVR, BoxClips
-from tests.train.stocks import ALL, stock_folder, stock_layout, stock_parts, stock_run, stock_steps, supervised_run
+from tests.train.stocks import ALL, stock_layout, stock_parts, stock_run, stock_steps, supervised_run
 from tests.train.test_chat import run
 from tests.train.test_state import equal_runs
 from train.config import AdapterConfig, GeometryConfig, TokenSourceConfig, load_config, save_config
@@ -29,7 +31,7 @@ from train.optim import learning_rate, set_learning_rate
 from train.packing import ChatMixture
 from train.start import starting_student
 from train.stock.batch import StockBatch, collate_stock, stock_inputs
-from train.stock.model import FAMILIES, GROUPS, load_stock
+from train.stock.model import GROUPS
 from train.trainable import group_of, set_trainable
 
 ROOT = Path(__file__).resolve().parents[2]

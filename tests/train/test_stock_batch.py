@@ -11,12 +11,13 @@ from g2vlm.data.chat.types import ChatSample, ChatShape, ImageAt, Turn
 from g2vlm.errors import CheckpointError, InputError
 from g2vlm.semantic_images import SemanticRule
 from g2vlm.sequence import IGNORED
+from g2vlm.stock.layout import StockLayout
+from g2vlm.stock.model import FAMILIES
+from tests.g2vlm.stock_folders import IMAGE
 from tests.train.chats import Colours
-from tests.train.stocks import IMAGE, fresh_layout, stock_layout
+from tests.train.stocks import fresh_layout, stock_layout
 from train.packing import ChatMixture, PackStream
 from train.stock.batch import collate_stock, padded
-from train.stock.layout import StockLayout
-from train.stock.model import FAMILIES
 
 END = 1
 

@@ -15,9 +15,9 @@ from g2vlm.data.chat.types import ChatSample
 from g2vlm.data.types import SceneSample
 from g2vlm.semantic_images import FRAMES, MERGE, semantic_pixels
 from g2vlm.sequence import IGNORED
+from g2vlm.stock.layout import Row, StockLayout
 from g2vlm.supervision.base import ClipShape
 from g2vlm.supervision.targets import TeacherTargets
-from train.stock.layout import Row, StockLayout
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from g2vlm.errors import InputError
 from g2vlm.geometry_tokens import Clip
+from g2vlm.shards import checksum
 from g2vlm.supervision.targets import TeacherInfo, TeacherTargets
 from g2vlm.supervision.teachers.network import positive
 
@@ -51,7 +52,7 @@ class Entry:
 
     def checksum(self, name: str) -> int:
         """CRC-32 of a tensor."""
-        return zlib.crc32(_bytes(self.tensors[name]))
+        return checksum(self.tensors[name])
 
     def intact(self) -> bool:
         """Whether the tensors that are here, and the record, are those that were written."""
@@ -199,8 +200,3 @@ def _unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(S, H, W) bool of packed bits."""
     flat = np.unpackbits(bits.numpy(), count=math.prod(shape))
     return torch.from_numpy(flat.astype(bool)).view(shape)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """Of a contiguous tensor of any kind."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

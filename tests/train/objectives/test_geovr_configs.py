@@ -1,5 +1,6 @@
 """Every config of GeoVR parses, alone or over those that it is meant for, and asks for what its table says."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from g2vlm.supervision.teachers.registry import TEACHERS
 from tests.g2vlm.supervision.toy import Toy
 from train.config import RunConfig, load_config, parse, save_config
 from train.objectives.geovr import GeoVRConfig, GeoVRObjective
+from train.stock.model import GROUPS
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "configs/extensions"
@@ -86,6 +88,20 @@ def test_the_released_script() -> None:
     assert (run.optim.weight_decay, run.optim.clip, run.schedule.kind) == (0, 1, "cosine")
     assert run.schedule.warmup == 0.03 * run.runtime.steps
     assert built(run).module.taps.hidden == (6, 14, 21, 28)
+    assert run.trainable["merger"] == 1
+
+
+def test_the_papers_model() -> None:
+    """Over the run of ours: another model with its groups and cells of 32 pixels, at most 300 of them."""
+    plain, run = over("geovr"), over("geovr", "geovr_qwen3_vl_2b")
+    assert run.trainable.keys() <= GROUPS.keys()
+    assert run.data.chat is not None
+    assert plain.data.chat is not None
+    images = run.data.chat.images
+    assert images is not None
+    assert (images.squash, images.max_pixels) == (None, 300 * 32**2)
+    chat = replace(run.data.chat, images=plain.data.chat.images)
+    assert replace(run, model=plain.model, trainable=plain.trainable, data=replace(run.data, chat=chat)) == plain
 
 
 @pytest.mark.parametrize("name", ["", *TERMS, "relational"])
