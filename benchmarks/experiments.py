@@ -86,11 +86,11 @@ EXPERIMENTS = {
             **{
                 name: (SUPERVISION.format("text"), SUPERVISION.format(file))
                 for name, file in (
-                    ("+ distillation", "distillation"),
-                    ("+ GeoVR", "geovr"),
-                    ("+ GASP", "gasp"),
-                    ("+ SpatialSV", "spatialsv"),
-                    ("+ all", "all"),
+                    ("distillation", "distillation"),
+                    ("GeoVR", "geovr"),
+                    ("GASP", "gasp"),
+                    ("SpatialSV", "spatialsv"),
+                    ("all three", "all"),
                 )
             },
         },
