@@ -18,6 +18,7 @@ from g2vlm.supervision.base import TeacherFeatures
 from g2vlm.supervision.targets import TeacherTargets
 from g2vlm.supervision.teachers.network import NetworkTeacher, Preparation, fingerprint, patch_features
 from g2vlm.supervision.teachers.point_maps import PointMaps, targets_from_point_maps
+from geometry import GeometryPrediction
 
 
 class ExpertTeacher(NetworkTeacher):
@@ -57,23 +58,38 @@ class ExpertTeacher(NetworkTeacher):
 
     def say(self, images: Tensor) -> TeacherTargets:
         """As in `NetworkTeacher`."""
-        blocks = () if self.features is None else self.features.blocks
-        model: G2VLMForConditionalGeneration = self.network
-        with Recorder() as recorder:
-            for block in blocks:
-                recorder.keep_output(model.decoder.layers[block])
-            inputs = recon_inputs(images.to(model.dtype), model.config, images.device)
-            (prediction,) = model(**inputs).geometry
-        states = {block: recorder.output(model.decoder.layers[block])[0] for block in blocks}
+        features, geometry = self._run(images, predict_geometry=True)
+        assert geometry is not None
+        (prediction,) = geometry
         logit = prediction.confidence
         maps = PointMaps(
             local_points=prediction.local_points,
             cam_to_world=prediction.cam_to_world,
             confidence=None if logit is None else torch.sigmoid(logit),
             confidence_kind="sigmoid",
-            features={block: self._patches(entry, images) for block, entry in states.items()},
+            features=features,
         )
         return targets_from_point_maps(maps, self.info(images))
+
+    def features_alone(self, images: Tensor) -> TeacherTargets:
+        """As in `NetworkTeacher`: the decoder runs, the geometry heads do not."""
+        features, _ = self._run(images, predict_geometry=False)
+        height, width = images.shape[-2:]
+        return TeacherTargets(len(images), (height, width), self.info(images), features=features)
+
+    def _run(
+        self, images: Tensor, predict_geometry: bool
+    ) -> tuple[dict[int, Tensor], tuple[GeometryPrediction, ...] | None]:
+        """Block -> features, and the reconstruction if it is asked for."""
+        blocks = () if self.features is None else self.features.blocks
+        model: G2VLMForConditionalGeneration = self.network
+        with Recorder() as recorder:
+            for block in blocks:
+                recorder.keep_output(model.decoder.layers[block])
+            inputs = recon_inputs(images.to(model.dtype), model.config, images.device)
+            geometry = model(**inputs, predict_geometry=predict_geometry).geometry
+        states = {block: recorder.output(model.decoder.layers[block])[0] for block in blocks}
+        return {block: self._patches(entry, images) for block, entry in states.items()}, geometry
 
     def _patches(self, states: Tensor, images: Tensor) -> Tensor:
         """Features (S, h, w, D) of a block's states, the geometry tokens first and in the order of the views."""

@@ -108,8 +108,9 @@ class NetworkTeacher(ABC):
             return targets
         images = self.prepare(clip.images)
         self.network.to(images.device)
+        known = targets is not None and has_geometry(targets)
         with torch.no_grad():
-            found = self.say(images)
+            found = self.features_alone(images) if known else self.say(images)
         self._check(found)
         view_ids = () if clip.scene is None else clip.scene.view_ids
         return joined(targets, replace(found, info=replace(found.info, view_ids=view_ids)))
@@ -117,6 +118,10 @@ class NetworkTeacher(ABC):
     @abstractmethod
     def say(self, images: Tensor) -> TeacherTargets:
         """Targets of prepared images (S, 3, H, W) in [0, 1], without gradients."""
+
+    def features_alone(self, images: Tensor) -> TeacherTargets:
+        """As `say`, of a clip whose geometry is known; a network that can be spared predicting it overrides this."""
+        return self.say(images)
 
     def info(self, images: Tensor) -> TeacherInfo:
         """Of targets for prepared images."""

@@ -63,11 +63,16 @@ def test_it_is_frozen_and_its_features_are_announced(folder: str) -> None:
 
 
 def test_known_geometry_gets_its_features_alone(folder: str) -> None:
-    clip = AnalyticScene(SIZE, corner=False).clip()
-    found = targets_of([GroundTruth(), ExpertTeacher(folder)], clip)
+    """The same as with the geometry, whose heads do not run."""
+    clip, teacher = AnalyticScene(SIZE, corner=False).clip(), ExpertTeacher(folder)
+    expected = teacher.complete(clip, None).features
+    for head in teacher.network.heads.modules():
+        head.forward = lambda *_, **__: pytest.fail("a head ran")
+    found = targets_of([GroundTruth(), teacher], clip)
     assert torch.equal(found.depth, clip.scene.depth)
     assert found.points is None
     assert set(found.features) == {1}
+    assert torch.equal(found.features[1], expected[1])
 
 
 def test_clips_of_any_size_are_brought_to_its_patches(folder: str) -> None:
