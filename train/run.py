@@ -33,32 +33,32 @@ def carry_out(arguments: list[str]) -> None:
     default = DEFAULT_CONFIG
     if arguments[:1] == ["--default"]:
         default, arguments = ROOT / arguments[1], arguments[2:]
-    chosen = config_file(arguments)
-    if chosen is None:
+    chosen = config_files(arguments)
+    if not chosen:
         arguments = ["--config", str(default), *arguments]
     config, _ = parse(arguments)
-    name = (chosen or default).stem
+    files = chosen or [default]
     with engines.engine(config.runtime.engine, config.runtime.device) as engine:
         if engine.rank:
             logging.getLogger().setLevel(logging.ERROR)
         hint = "" if chosen else " (the default; choose another with --config configs/NAME.yaml)"
-        log.info("config %s%s", _relative(chosen or default), hint)
-        folder = run_folder(config, name)
+        log.info("config %s%s", ", ".join(str(_relative(file)) for file in files), hint)
+        folder = run_folder(config, files[-1].stem)
         engine.barrier()
         source, validation = open_data(config.data)
         log.info("run in %s", folder)
         train(config, engine, folder, source, validation, ["python", "-m", "train.run", *arguments])
 
 
-def config_file(arguments: Sequence[str]) -> Path | None:
-    """The last file that `--config` names."""
-    chosen = None
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """The files that `--config` names, in order; later ones count more, and the last one names the run."""
+    chosen = []
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):
-            chosen = arguments[i + 1]
+            chosen.append(Path(arguments[i + 1]))
         elif argument.startswith("--config="):
-            chosen = argument.removeprefix("--config=")
-    return None if chosen is None else Path(chosen)
+            chosen.append(Path(argument.removeprefix("--config=")))
+    return chosen
 
 
 def run_folder(config: RunConfig, name: str) -> Path:

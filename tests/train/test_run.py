@@ -40,6 +40,13 @@ def test_a_run_explains_itself(config: Path, caplog: pytest.LogCaptureFixture) -
     assert (folder / "model/model.safetensors").is_file()
 
 
+def test_files_over_files_are_all_named(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path("slow.yaml").write_text("optim: {lr: 1.0e-5}\n")
+    assert run.main(["--config", str(config), "--config=slow.yaml"]) == 0
+    assert caplog.messages[0] == "config mini.yaml, slow.yaml"
+    assert load_config(Path("runs/slow/config.yaml")).optim.lr == 1e-5
+
+
 def test_nothing_is_overwritten(config: Path) -> None:
     for _ in range(2):
         assert run.main(["--config", str(config)]) == 0
