@@ -75,6 +75,10 @@ PYTHON="$PY" run bash train/stage1_geometry.sh --runtime.steps 5 --runtime.valid
 g2vlm recon "$OUT/photos" --model "$OUT/stage1/model" -o "$OUT/trained"
 g2vlm recon "$OUT/photos" -o "$OUT/demo"
 g2vlm info
+PYTHON="$PY" run bash train/stage2_joint.sh --config configs/extensions/tiny_spatialsv.yaml --runtime.steps 2 \
+    --runtime.validation_steps 1 --runtime.output "$OUT/supervised"
+g2vlm lift "$OUT/photos" --model "$OUT/supervised/model" --heads "$OUT/supervised/heads/spatialsv" -o "$OUT/lifted"
+test -s "$OUT/lifted/points.ply"
 # too few steps to pass its gate: exit code 1, and a report all the same
 PYTHON="$PY" ends_with 1 bash train/quickstart.sh --output "$OUT/quickstart" --limit 2 --stage2-steps 3 --runtime.steps 3 \
     --runtime.validation_steps 1
