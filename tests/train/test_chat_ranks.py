@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from g2vlm.data.chat.batch import Filling
 from g2vlm.data.chat.types import ChatSample
 from tests.train.chats import CE, CE_CE, EVERYTHING, Colours, chat_run, chat_steps, chat_trainer, pack
+from tests.train.gradients import kept_gradients
 from tests.train.test_ranks import ENGINES, WORLD, free_port
 from train import engine as engines
 from train.config import AdapterConfig, GeometryConfig, LanguageConfig, ObjectivesConfig, RunConfig
@@ -66,17 +67,8 @@ def filling(step: tuple[list[Colours], list[Colours]]) -> Filling:
 
 def gradients(trainer: Any, model: Any, chosen: RunConfig, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step; nothing is changed."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(parameters: Any, max_norm: float) -> torch.Tensor:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                kept[name] = trainer.engine.whole(parameter.grad)
-        return torch.tensor(torch.nan)
-
-    clip, trainer.engine.clip = trainer.engine.clip, keep
-    (result,) = chat_steps(trainer, chosen, [batch])
-    trainer.engine.clip = clip
+    with kept_gradients(trainer, model) as kept:
+        (result,) = chat_steps(trainer, chosen, [batch])
     return result.loss, kept
 
 

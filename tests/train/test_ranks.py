@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from g2vlm.errors import G2VLMError, TrainingAborted
 from g2vlm.weights import read_json
+from tests.train.gradients import kept_gradients
 from tests.train.runs import mini_batch, mini_trainer, train_on
 from tests.train.scenes import BoxRooms
 from tests.train.worker import mini_run
@@ -43,17 +44,8 @@ ENGINES = ("ddp", "fsdp2")
 
 def gradients(trainer: Any, model: Any, batch: Any) -> dict[str, torch.Tensor]:
     """Gradients of one step, before clipping; nothing is changed."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(parameters: Any, max_norm: float) -> torch.Tensor:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                kept[name] = trainer.engine.whole(parameter.grad)
-        return torch.tensor(torch.nan)
-
-    clip, trainer.engine.clip = trainer.engine.clip, keep
-    train_on(trainer, model, [batch])
-    trainer.engine.clip = clip
+    with kept_gradients(trainer, model) as kept:
+        train_on(trainer, model, [batch])
     return kept
 
 

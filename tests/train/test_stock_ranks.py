@@ -11,6 +11,7 @@ from torch import Tensor
 
 from g2vlm.data.chat.types import ChatSample
 from tests.train.clips import BoxClips
+from tests.train.gradients import kept_gradients
 from tests.train.stocks import clip_rows, stock_parts, stock_run, supervised_run
 from tests.train.test_ranks import ENGINES, WORLD, free_port
 from train import engine as engines
@@ -39,21 +40,9 @@ def samples(sources: list[BoxClips], rank: int) -> list[ChatSample]:
 
 def gradients(parts: Assembled, family: str, shown: list[ChatSample]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one step; nothing is changed."""
-    kept: dict[str, Tensor] = {}
-    engine = parts.trainer.engine
-    modules = {"": parts.model, "heads.": parts.heads or torch.nn.Module()}
-
-    def keep(parameters: Any, max_norm: float) -> Tensor:
-        for prefix, module in modules.items():
-            for name, parameter in module.named_parameters():
-                if parameter.grad is not None:
-                    kept[prefix + name] = engine.whole(parameter.grad)
-        return torch.tensor(torch.nan)
-
     batch = clip_rows(shown, family, parts)
-    clip, engine.clip = engine.clip, keep
-    result = parts.trainer.step(stock_inputs(batch), batch)
-    engine.clip = clip
+    with kept_gradients(parts.trainer, parts.model, parts.heads) as kept:
+        result = parts.trainer.step(stock_inputs(batch), batch)
     return result.loss, kept
 
 

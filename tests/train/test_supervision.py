@@ -21,6 +21,7 @@ from g2vlm.errors import CheckpointError, InputError
 from g2vlm.supervision.saved import load_supervision, saved_names
 from tests.train.chats import layout
 from tests.train.clips import GEOVR, BoxClips, clip_inputs, clip_pack, clip_run, clip_steps
+from tests.train.gradients import kept_gradients
 from tests.train.test_state import equal_runs
 from train.assemble import Assembled, assemble
 from train.config import RunConfig, TeacherConfig
@@ -51,21 +52,10 @@ def parts_of(config: RunConfig) -> Assembled:
 
 def gradients_of(parts: Assembled, objectives: Sequence[Objective], batch: Any) -> dict[str, Tensor]:
     """Of one step, of the model and of the heads, before clipping; nothing is changed."""
-    assert parts.heads is not None
-    kept: dict[str, Tensor] = {}
-    modules, engine = {"": parts.model, "heads.": parts.heads}, parts.trainer.engine
-
-    def keep(parameters: Any, max_norm: float) -> Tensor:
-        for prefix, module in modules.items():
-            for name, parameter in module.named_parameters():
-                if parameter.grad is not None:
-                    kept[prefix + name] = parameter.grad.clone()
-        return torch.tensor(torch.nan)
-
-    clip, engine.clip = engine.clip, keep
     trained, parts.trainer.objectives = parts.trainer.objectives, objectives
-    clip_steps(parts.trainer, [batch])
-    engine.clip, parts.trainer.objectives = clip, trained
+    with kept_gradients(parts.trainer, parts.model, parts.heads) as kept:
+        clip_steps(parts.trainer, [batch])
+    parts.trainer.objectives = trained
     return kept
 
 

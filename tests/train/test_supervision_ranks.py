@@ -13,6 +13,7 @@ from g2vlm.data.chat.batch import Filling
 from g2vlm.data.chat.types import ChatSample
 from tests.train.chats import CE_CE, EVERYTHING
 from tests.train.clips import BoxClips, clip_inputs, clip_pack, clip_run
+from tests.train.gradients import kept_gradients
 from tests.train.test_ranks import ENGINES, WORLD, free_port
 from train import engine as engines
 from train.assemble import Assembled, assemble
@@ -45,20 +46,8 @@ def assembled(config: RunConfig, engine: Engine) -> Assembled:
 
 def gradients(parts: Assembled, batch: Any) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one step; nothing is changed."""
-    kept: dict[str, Tensor] = {}
-    assert parts.heads is not None
-    modules, engine = {"": parts.model, "heads.": parts.heads}, parts.trainer.engine
-
-    def keep(parameters: Any, max_norm: float) -> Tensor:
-        for prefix, module in modules.items():
-            for name, parameter in module.named_parameters():
-                if parameter.grad is not None:
-                    kept[prefix + name] = engine.whole(parameter.grad)
-        return torch.tensor(torch.nan)
-
-    clip, engine.clip = engine.clip, keep
-    result = parts.trainer.step(clip_inputs(batch), batch)
-    engine.clip = clip
+    with kept_gradients(parts.trainer, parts.model, parts.heads) as kept:
+        result = parts.trainer.step(clip_inputs(batch), batch)
     return result.loss, kept
 
 
