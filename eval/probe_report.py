@@ -150,7 +150,8 @@ def training_chart(curves: Mapping[str, np.ndarray], heldout: Mapping[str, np.nd
         heldout: (n, 2) per system.
     """
     lines = []
-    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
         lines.append(Series("", running_mean(curve, max(1, len(curve) // 20)), colour, 1))
         lines.append(Series(name, heldout[name], colour, 2.5, dots=True))
     title = "Dots: RMSE of held-out rooms; thin: mean error of training batches; metres"

@@ -101,6 +101,7 @@ def test_the_curve_of_joint_training_is_that_of_the_answers(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_config_exists(name: str) -> None:
+def test_every_config_is_a_run(name: str) -> None:
     for configs in EXPERIMENTS[name].configs.values():
-        parse([part for config in configs for part in ("--config", str(ROOT / config))])
+        config, _ = parse([part for config in configs for part in ("--config", str(ROOT / config))])
+        assert config.trainable, configs
